@@ -1,0 +1,272 @@
+"""Every knob of the product: one frozen tree, read from a YAML recipe, changed by dotted overrides.
+
+A job receives the section it uses, never the tree. Defaults live here only. This module knows nothing of where
+things are stored or what a section's values do; it knows which keys and values exist and reports every fault of a
+recipe at once, with the near miss.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which weights the loop starts from and which it is held against."""
+
+    sft: str = Field("embedded", description="The SFT checkpoint: `embedded`, a local folder or a hub id.")
+    start: Literal["champion", "sft"] = Field("champion", description="Where the policy starts.")
+    reference_model: Literal["champion", "sft"] = Field("champion", description="The frozen reference.")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Kernel behind the packed attention.")
+
+
+class PairSection(Section):
+    """How signals become pairs (`build-pairs`) and which rows may train."""
+
+    deployment: str = Field("default", description="Only responses of this deployment are paired.")
+    max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
+    min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
+    held_out_fraction: float = Field(0.1, gt=0, lt=0.9, description="Share of prompt clusters held out.")
+    near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity that joins prompts.")
+    thumb_margin: int = Field(2, ge=1, description="Votes by which a disputed thumb must win.")
+    edit_cosmetic_similarity: float = Field(0.98, gt=0, le=1, description="Edits at least this similar are cosmetic.")
+    edit_rewrite_similarity: float = Field(0.30, ge=0, lt=1, description="Edits less similar than this are rewrites.")
+
+
+class PrepareSection(Section):
+    """How text becomes token ids and who scores the reference."""
+
+    max_length: int = Field(1024, ge=8, description="Tokens of prompt and one response together.")
+    too_long: Literal["drop", "truncate_response", "refuse"] = Field("drop", description="What becomes of longer rows.")
+    seed: int = Field(0, ge=0, description="Seed of the fixed global shuffle.")
+    rows_per_file: int = Field(4096, ge=1, description="Rows of one Parquet part file.")
+
+
+class LoraSection(Section):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="Linear layers that get an adapter.",
+    )
+
+
+class TrainSection(Section):
+    """The optimisation of one run."""
+
+    objective: Literal["dpo"] = Field("dpo", description="The loss.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO).")
+    adapter: Literal["lora", "full"] = Field("lora", description="What is trained.")
+    lora: LoraSection = LoraSection()
+    reference: Literal["adapter_off", "precomputed"] = Field(
+        "precomputed", description="Where reference log-probabilities come from."
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up, to zero.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps.")
+    batch_pairs: int = Field(16, ge=1, description="Pairs of one optimizer step, over all workers.")
+    micro_batch_tokens: int = Field(2048, ge=16, description="Token budget of one forward pass of one worker.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; adapters stay fp32.")
+    seed: int = Field(0, ge=0, description="Seed of adapters, order and dropout.")
+    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    held_out_every: int | None = Field(None, ge=1, description="Steps between held-out measurements; last step always.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSection":
+        if self.adapter == "full" and self.reference == "adapter_off":
+            msg = "`reference: adapter_off` needs `adapter: lora`: full fine-tuning has no adapter to switch off"
+            raise ValueError(msg)
+        if self.adapter == "full" and "lora" in self.model_fields_set:
+            msg = "`lora` has no effect with `adapter: full`: remove it"
+            raise ValueError(msg)
+        return self
+
+
+class WorkerSection(Section):
+    """What the train job asks of the cluster."""
+
+    workers: int = Field(1, ge=1, description="Train workers.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of one train worker.")
+    threads_per_worker: int | None = Field(None, ge=1, description="Torch threads; default: cpus_per_worker.")
+    use_gpu: bool = Field(False, description="One GPU for each worker (NCCL).")
+    max_failures: int = Field(3, ge=0, description="Restarts of the worker group before the run fails.")
+
+
+class GateSection(Section):
+    """The rules that decide SHIP or HOLD; every one must hold."""
+
+    level: float = Field(0.95, gt=0.5, lt=1, description="Confidence level of every interval.")
+    min_prompts: int = Field(100, ge=1, description="Fewer judged prompts than this hold.")
+    win_rate_over_champion: float = Field(0.5, description="Lower bound of the win rate must exceed this.")
+    win_rate_over_sft: float = Field(0.5, description="Lower bound of the win rate over SFT must exceed this.")
+    length_ratio_min: float = Field(0.7, gt=0, description="Mean tokens against the champion, at least.")
+    length_ratio_max: float = Field(1.4, gt=0, description="Mean tokens against the champion, at most.")
+    golden_pass_rate: float = Field(1.0, ge=0, le=1, description="Share of must-pass golden prompts that pass.")
+    finished_drop_max: float = Field(0.10, ge=0, description="Share of finished answers may fall by this much.")
+    repetition_rise_max: float = Field(0.10, ge=0, description="Share of looping answers may rise by this much.")
+    perplexity_ratio_max: float = Field(1.25, gt=0, description="Perplexity on neutral text against the champion.")
+    distinct_ratio_min: float = Field(0.5, ge=0, description="Distinct answers against the champion's, at least.")
+
+
+class EvaluateSection(Section):
+    """What the candidate is measured on."""
+
+    prompts: str = Field(..., description="JSONL of held-out prompts (`prompt`, optional `id`, `cluster`).")
+    judge_rules: str = Field(..., description="JSON of rules that stand in for a judge: name, rules, edits.")
+    golden: str | None = Field(None, description="JSONL of golden prompts with `must` / `must_not` patterns.")
+    neutral_text: str | None = Field(None, description="Text file for perplexity.")
+    max_prompts: int | None = Field(None, ge=1, description="Use the first N prompts.")
+    max_new_tokens: int = Field(96, ge=1, description="Token limit of an answer; cut answers are invalid.")
+    batch_size: int = Field(16, ge=1, description="Answers generated together.")
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompt-cluster bootstrap.")
+    gate: GateSection = GateSection()
+
+
+class ServingSection(Section):
+    """The gateway and the replicas behind it."""
+
+    host: str = Field("127.0.0.1", description="Address the gateway binds to.")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the gateway.")
+    deployment: str = Field("default", description="Name of the deployment whose champion is served.")
+    replicas: int = Field(1, ge=1, description="Replicas of the champion; production recipes use at least 2.")
+    cpus_per_replica: float = Field(1, ge=0, description="CPUs of one replica.")
+    threads_per_replica: int | None = Field(None, ge=1, description="Torch threads of one replica.")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs of one replica.")
+    max_batch_size: int = Field(16, ge=1, description="Requests generated together.")
+    batch_wait_s: float = Field(0.05, ge=0, description="How long a request waits for company.")
+    max_queued_requests: int = Field(256, ge=1, description="More waiting requests than this get 429.")
+    max_tokens: int = Field(256, ge=1, description="Default and upper limit of tokens of an answer.")
+    request_timeout_s: float = Field(300, gt=0, description="A request older than this ends with 408.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type of a replica.")
+
+
+class Recipe(Section):
+    """One recipe drives every job."""
+
+    name: str = Field(..., pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Names runs and models.")
+    model: ModelSection = ModelSection()
+    pairs: PairSection = PairSection()
+    prepare: PrepareSection = PrepareSection()
+    train: TrainSection = TrainSection()
+    workers: WorkerSection = WorkerSection()
+    evaluate: EvaluateSection | None = None
+    serving: ServingSection = ServingSection()
+    snapshot: str | None = Field(None, description="Pair snapshot to use; default: built from the ledger.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.train.reference == "adapter_off" and self.model.start != self.model.reference_model:
+            msg = (
+                "`train.reference: adapter_off` scores the reference with the policy's own base, so `model.start` and "
+                "`model.reference_model` must name the same model; use `train.reference: precomputed`"
+            )
+            raise ValueError(msg)
+        return self
+
+    def evaluation(self) -> EvaluateSection:
+        """Return the `evaluate` section; raises RecipeError where the recipe has none."""
+        if self.evaluate is None:
+            msg = f"recipe `{self.name}` has no section `evaluate`\n\nHint: add `evaluate: {{prompts: …, judge_rules: …}}`."
+            raise RecipeError(msg)
+        return self.evaluate
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as ``train.beta=0.2``.
+
+    Raises:
+        RecipeError: the file is missing or no mapping, an override is malformed, or keys or values are wrong (all of
+            them are listed, with the nearest known key).
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        msg = f"no recipe at `{path}`\n\nHint: recipes here: {', '.join(known) or 'none'}."
+        raise RecipeError(msg) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"recipe `{path}` cannot be read: {error}"
+        raise RecipeError(msg) from None
+    if not isinstance(tree, dict):
+        msg = f"recipe `{path}` must be a mapping of sections, found {type(tree).__name__}"
+        raise RecipeError(msg)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, place=str(path))
+
+
+def parse_recipe(tree: dict[str, Any], *, place: str) -> Recipe:
+    """Validate a tree of plain values; raises RecipeError with every fault of it."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        msg = f"recipe `{place}` has {error.error_count()} fault(s):\n{faults}"
+        raise RecipeError(msg) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        msg = f"override `{override}` is not of the form `section.key=value`"
+        raise RecipeError(msg)
+    *sections, key = dotted.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            msg = f"override `{override}`: `{section}` is a value, not a section"
+            raise RecipeError(msg)
+        node = child
+    try:
+        node[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        msg = f"override `{override}`: the value is not YAML: {error}"
+        raise RecipeError(msg) from None
+
+
+def _describe(fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    place = ".".join(location) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_known_keys(location[:-1]))}"
+        return f"`{place}`: unknown key{hint}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    value = fault.get("input")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return f"`{place}`: {message}{shown}"
+
+
+def _known_keys(sections: Sequence[str]) -> list[str]:
+    node: type[BaseModel] = Recipe
+    for section in sections:
+        annotation = node.model_fields[section].annotation if section in node.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        node = nested[0]
+    return sorted(node.model_fields)

@@ -1,0 +1,52 @@
+"""The exceptions a caller of prefloop may see.
+
+PrefloopError
+├── RecipeError      a recipe, an override or an option is wrong; every fault is listed at once
+├── DataError        a file, a row or a snapshot cannot be used
+├── ModelError       a model folder or artifact cannot be loaded, verified or trained
+├── LedgerError      the ledger refuses a write or cannot be read
+├── ServiceError     a running service (gateway, Ray) is missing, refuses or answers wrongly
+├── TrainingError    a run stopped: no usable pairs, a non-finite loss, a failed self-check
+└── Interrupted      the user stopped the command; what was acknowledged is still there
+
+The command line prints the message without a traceback and leaves with ``exit_code``. A gate that holds is no error:
+it is a verdict, and leaves with ``HOLD_EXIT_CODE``.
+"""
+
+HOLD_EXIT_CODE = 3
+
+
+class PrefloopError(Exception):
+    """Base of every error that prefloop raises on purpose; the message names the value, the place and the remedy."""
+
+    exit_code = 1
+
+
+class RecipeError(PrefloopError):
+    """A recipe, an override or an option is wrong."""
+
+
+class DataError(PrefloopError):
+    """A file, a row or a snapshot cannot be used."""
+
+
+class ModelError(PrefloopError):
+    """A model folder or artifact cannot be loaded, verified or trained."""
+
+
+class LedgerError(PrefloopError):
+    """The ledger refuses a write or cannot be read."""
+
+
+class ServiceError(PrefloopError):
+    """A running service is missing, refuses or answers wrongly."""
+
+
+class TrainingError(PrefloopError):
+    """A training run stopped."""
+
+
+class Interrupted(PrefloopError):  # noqa: N818
+    """The user stopped the command."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Alembic migrations of the ledger; `app.ledger.Ledger.open` applies them."""

@@ -1,0 +1,274 @@
+"""Where things live, and how they are written so that a reader never sees half of one.
+
+A *home* is a folder or any fsspec URI:
+
+    home/
+      ledger.db            the SQL ledger, unless PREFLOOP_LEDGER names another
+      api_key              key of the gateway (0600)
+      pairs/ID/            part-*.parquet, quarantine.parquet, manifest.json      immutable, content-addressed
+      training/ID/         part-*.parquet, manifest.json                          immutable, content-addressed
+      models/ID/           safetensors, tokenizer, config, manifest.json          immutable
+      runs/ID/             checkpoints and exports of a run
+      cache/               may be deleted at any time
+
+An artifact is complete exactly when its `manifest.json` exists: it is written last, through a temporary name and a
+rename where the file system has one. The manifest holds the sha256 and size of every other file. This module does not
+know what the files mean.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from app.errors import DataError
+from app.schemas import SCHEMA_VERSION, check_schema
+
+HOME_VARIABLE = "PREFLOOP_HOME"
+LEDGER_VARIABLE = "PREFLOOP_LEDGER"
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Home:
+    """The root of a state: an absolute path or a URI. Cheap to make and to pickle; touches nothing."""
+
+    uri: str
+
+    @classmethod
+    def from_environment(cls) -> "Home":
+        """Return `PREFLOOP_HOME`, or `.prefloop` of the working directory, made absolute."""
+        return cls.at(os.environ.get(HOME_VARIABLE) or ".prefloop")
+
+    @classmethod
+    def at(cls, place: str | Path) -> "Home":
+        """Return the home at a path (made absolute) or a URI."""
+        text = str(place)
+        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve()))
+
+    @property
+    def is_local(self) -> bool:
+        """True where the home is a folder of this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    @property
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """The fsspec file system that holds the home."""
+        return fsspec.core.url_to_fs(self.uri)[0]
+
+    @property
+    def ledger_url(self) -> str:
+        """SQLAlchemy URL of the ledger; raises DataError for a remote home without `PREFLOOP_LEDGER`."""
+        url = os.environ.get(LEDGER_VARIABLE)
+        if url:
+            return url
+        if not self.is_local:
+            msg = f"home `{self.uri}` is remote, so the ledger cannot be a SQLite file in it\n\nHint: set {LEDGER_VARIABLE} to a PostgreSQL URL."
+            raise DataError(msg)
+        return f"sqlite:///{self.local() / 'ledger.db'}"
+
+    def local(self, *parts: str) -> Path:
+        """Return a path inside a local home; raises DataError where the home is remote."""
+        if not self.is_local:
+            msg = f"`{'/'.join(parts)}` needs a local folder, the home is `{self.uri}`"
+            raise DataError(msg)
+        return Path(fsspec.core.url_to_fs(self.uri)[1], *parts)
+
+    def artifact(self, kind: str, name: str) -> "Artifact":
+        """Return the artifact `kind/name`, which need not exist."""
+        return Artifact(f"{self.uri}/{kind}/{name}")
+
+    def names(self, kind: str) -> list[str]:
+        """List the complete artifacts of a kind, sorted."""
+        filesystem, root = fsspec.core.url_to_fs(f"{self.uri}/{kind}")
+        return sorted(p.split("/")[-2] for p in filesystem.glob(f"{root}/*/{MANIFEST}"))
+
+    def api_key(self) -> str:
+        """Return the gateway's key, made at the first call and readable by its owner only."""
+        path = self.local("api_key")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".api_key-{os.getpid()}-{secrets.token_hex(4)}")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+                stream.write(f"pl-{secrets.token_urlsafe(32)}\n")
+            try:
+                # A link fails where another process was first; its key counts.
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            finally:
+                temporary.unlink()
+        return path.read_text(encoding="ascii").strip()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of files that is complete when its manifest exists."""
+
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """Last part of the URI."""
+        return self.uri.rsplit("/", 1)[-1]
+
+    @property
+    def path(self) -> str:
+        """Path of the folder on its file system."""
+        return str(fsspec.core.url_to_fs(self.uri)[1])
+
+    @property
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """The file system that holds the folder."""
+        return fsspec.core.url_to_fs(self.uri)[0]
+
+    def exists(self) -> bool:
+        """True when the artifact is complete."""
+        return bool(self.filesystem.exists(f"{self.path}/{MANIFEST}"))
+
+    def manifest(self) -> dict[str, Any]:
+        """Read the manifest; raises DataError where it is missing, damaged or of a newer version."""
+        place = f"{self.uri}/{MANIFEST}"
+        try:
+            manifest = json.loads(self.filesystem.cat_file(f"{self.path}/{MANIFEST}"))
+        except FileNotFoundError:
+            msg = f"no complete artifact at `{self.uri}` (it has no {MANIFEST})"
+            raise DataError(msg) from None
+        except ValueError as error:
+            msg = f"`{place}` is damaged: {error}"
+            raise DataError(msg) from None
+        if not isinstance(manifest, dict) or manifest.get("schema_version", 0) > SCHEMA_VERSION:
+            msg = f"`{place}` was written by a newer prefloop (this one reads up to version {SCHEMA_VERSION})"
+            raise DataError(msg)
+        return manifest
+
+    def write_manifest(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Hash every file of the folder and write the manifest, which completes the artifact."""
+        filesystem, root = self.filesystem, self.path
+        names = sorted(str(p).removeprefix(f"{root}/") for p in filesystem.find(root))
+        files = {n: file_digest(filesystem, f"{root}/{n}") for n in names if n != MANIFEST and not n.startswith(".")}
+        manifest = {**content, "schema_version": SCHEMA_VERSION, "files": files}
+        write_atomically(filesystem, f"{root}/{MANIFEST}", json.dumps(manifest, indent=1, sort_keys=True).encode())
+        return manifest
+
+    def verify(self) -> dict[str, Any]:
+        """Compare every file with the manifest.
+
+        Raises:
+            DataError: names the first file that is missing or differs.
+        """
+        manifest = self.manifest()
+        for name, expected in manifest["files"].items():
+            try:
+                found = file_digest(self.filesystem, f"{self.path}/{name}")
+            except FileNotFoundError:
+                msg = f"`{self.uri}` lacks the file `{name}` that its manifest names"
+                raise DataError(msg) from None
+            if found != expected:
+                msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
+                raise DataError(msg)
+        return manifest
+
+    def write_rows(
+        self, rows: Iterable[dict[str, Any]], schema: pa.Schema, *, rows_per_file: int, stem: str = "part"
+    ) -> int:
+        """Write rows to `STEM-00000.parquet`, …, cast to the schema, with page checksums; return their number."""
+        filesystem, root = self.filesystem, self.path
+        filesystem.makedirs(root, exist_ok=True)
+        total, part = 0, 0
+        buffer: list[dict[str, Any]] = []
+
+        def flush() -> None:
+            nonlocal part
+            table = pa.Table.from_pylist(buffer, schema=schema)
+            with filesystem.open(f"{root}/{stem}-{part:05d}.parquet", "wb") as stream:
+                pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+            part += 1
+            buffer.clear()
+
+        for row in rows:
+            buffer.append(row)
+            total += 1
+            if len(buffer) == rows_per_file:
+                flush()
+        if buffer or not part:
+            flush()
+        return total
+
+    def part_uris(self, stem: str = "part") -> list[str]:
+        """List the Parquet parts in order, as paths of the file system."""
+        return sorted(str(p) for p in self.filesystem.glob(f"{self.path}/{stem}-*.parquet"))
+
+    def read_table(self, schema: pa.Schema, *, stem: str = "part") -> pa.Table:
+        """Read all parts into one table; raises DataError for a damaged or foreign file."""
+        tables = [read_parquet(self.filesystem, path, schema) for path in self.part_uris(stem)]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def read_parquet(filesystem: fsspec.AbstractFileSystem, path: str, schema: pa.Schema | None) -> pa.Table:
+    """Read one Parquet file, verify page checksums and UTF-8, and check the schema where one is given.
+
+    Raises:
+        DataError: the file is empty, truncated, corrupt, not UTF-8 or of another schema.
+    """
+    try:
+        if filesystem.size(path) == 0:
+            msg = f"`{path}` is empty (0 bytes)"
+            raise DataError(msg)
+        with filesystem.open(path, "rb") as stream:
+            table = pq.read_table(stream, page_checksum_verification=True)
+        table.validate(full=True)
+    except FileNotFoundError:
+        msg = f"no file at `{path}`"
+        raise DataError(msg) from None
+    except (pa.ArrowException, OSError) as error:
+        msg = f"`{path}` is no readable Parquet file: {str(error).splitlines()[0]}"
+        raise DataError(msg) from None
+    if schema is not None:
+        check_schema(table.schema, schema, place=path)
+        table = table.select(schema.names)
+    return table
+
+
+def file_digest(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Return sha256 and size of a file."""
+    digest, size = hashlib.sha256(), 0
+    with filesystem.open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+def write_atomically(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content; on a local disk it is durable on return."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, content)  # object stores replace an object in one step
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

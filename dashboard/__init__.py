@@ -1,0 +1,1 @@
+"""The Streamlit dashboard: HTTP and ledger reads only."""

@@ -1,0 +1,1 @@
+"""Ray jobs: one file per step of the loop; Ray Data and Ray Train live here."""

@@ -1,0 +1,1 @@
+"""The gateway, the replicas behind it and their deployment."""
