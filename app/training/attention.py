@@ -1,0 +1,107 @@
+"""Attention over packed groups, registered with transformers under `ATTENTION_NAME`.
+
+For each group two kinds of calls: the prompt with its first response, causal; every other response over the prompt's
+keys and its own. The layout reaches the function as the keyword argument `segments` of the model's forward. Stock
+`sdpa` on the same row is silently wrong: it takes the restart of positions for a new document.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from app.errors import ModelError
+from app.training.batch import Segment
+
+ATTENTION_NAME = "prefloop_packed"
+
+
+def register() -> None:
+    """Make the attention known to transformers; calling it again changes nothing."""
+    # Because the name has no mask function, transformers makes no attention mask for it.
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segments: tuple[Segment, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within groups.
+
+    Args:
+        module: the attention layer that calls.
+        query: [1, heads, T, D].
+        key: [1, key heads, T, D].
+        value: [1, key heads, T, D].
+        attention_mask: always None: the layout is in `segments`.
+        scaling: factor on the scores.
+        dropout: must be 0.
+        sliding_window: a key farther back than this many positions is not seen.
+        segments: the packed layout.
+        kwargs: other arguments of the interface; those that change the result are refused.
+
+    Returns:
+        [1, T, heads, D], and no weights.
+
+    Raises:
+        ModelError: the layer asks for something that this attention does not compute exactly.
+    """
+    if segments is None or attention_mask is not None:
+        msg = f"{ATTENTION_NAME} needs `segments` and no attention mask; call the model through `ScoringModel`"
+        raise ModelError(msg)
+    if dropout:
+        msg = f"attention dropout {dropout} cannot be packed exactly\n\nHint: set attention_dropout to 0 in the config."
+        raise ModelError(msg)
+    if kwargs.get("softcap") is not None:
+        msg = (
+            f"{type(module).__name__} caps its attention scores (softcap), which the packed attention does not compute"
+        )
+        raise ModelError(msg)
+    outputs = [_attend_group(query, key, value, segment, scaling, sliding_window) for segment in segments]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_group(
+    query: Tensor, key: Tensor, value: Tensor, segment: Segment, scaling: float | None, window: int | None
+) -> Tensor:
+    start, prompt = segment.start, segment.prompt_length
+    grouped = query.shape[1] != key.shape[1]
+    first_end = start + prompt + segment.response_lengths[0]
+    length = first_end - start
+    q, k, v = (t[:, :, start:first_end] for t in (query, key, value))
+    if window is not None and length > window:
+        mask = _mask(length, 0, window, query.device)
+        parts = [scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)]
+    else:
+        parts = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)]
+    begin = first_end
+    for response in segment.response_lengths[1:]:
+        end = begin + response
+        k = torch.cat([key[:, :, start : start + prompt], key[:, :, begin:end]], dim=2)
+        v = torch.cat([value[:, :, start : start + prompt], value[:, :, begin:end]], dim=2)
+        # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
+        mask = _mask(response, prompt, window, query.device)
+        q = query[:, :, begin:end]
+        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
+        begin = end
+    return torch.cat(parts, dim=2)
+
+
+@lru_cache(maxsize=4096)
+def _mask(queries: int, offset: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, offset + queries]: query i stands at position offset + i."""
+    positions = torch.arange(offset + queries, device=device)
+    distance = positions[offset:, None] - positions[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)

@@ -1,0 +1,47 @@
+"""Objectives: pure functions from log-probabilities to losses. Torch and nothing else.
+
+Every objective returns one loss for each pair; the caller weighs them and divides by the global sum of weights, so
+that accumulation, packing and the number of workers do not change the gradient.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True, slots=True)
+class PairLosses:
+    """Per pair [P]: the loss and the implicit rewards beta * (policy logp - reference logp), detached."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PairLosses:
+    """Score pairs by Direct Preference Optimization, equation 7 of https://arxiv.org/abs/2305.18290.
+
+    With `label_smoothing` e it is conservative DPO (https://ericmitchell.ai/cdpo.pdf, equation 3), which assumes that
+    a share e of the labels is flipped.
+
+    Args:
+        policy_logps: [N] summed log-probabilities of the responses under the policy.
+        reference_logps: [N] the same under the reference.
+        chosen: [P] index of each pair's chosen response.
+        rejected: [P] index of each pair's rejected response.
+        beta: strength of the pull to the reference.
+        label_smoothing: e, in [0, 0.5).
+    """
+    rewards = beta * (policy_logps - reference_logps)
+    margins = rewards[chosen] - rewards[rejected]
+    losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+    return PairLosses(losses, rewards[chosen].detach(), rewards[rejected].detach())

@@ -1,0 +1,119 @@
+"""One module for backbone and head: token ids in, summed log-probability of each response out.
+
+`ScoringModel` is what gets wrapped, sharded and compiled; logits never leave it. The head runs only on the rows that
+predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` is the oracle: one padded row for each
+response through the model's own attention, as any other library would do it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from app.errors import ModelError
+from app.training import attention
+from app.training.batch import PackedBatch
+from app.training.tokenization import Group
+
+_HEAD_CHUNK = 2048
+_RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseScores:
+    """[N] each: summed log-probability (fp32) and number of tokens of every response."""
+
+    logps: Tensor
+    token_counts: Tensor
+
+
+class ScoringModel(nn.Module):
+    """Scores the responses of packed batches with a causal language model (which may carry adapters)."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        check_packable(model)
+        attention.register()
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+        model.config.use_cache = False
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> ResponseScores:
+        """Return the scores of `batch`; every rank issues the same collectives for one call."""
+        causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        hidden: Tensor = causal.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            segments=batch.segments,
+        ).last_hidden_state[0]
+        rows = hidden[batch.predictor_rows]
+        head = causal.get_output_embeddings()
+        logps = []
+        for part, targets in zip(
+            torch.split(rows, _HEAD_CHUNK), torch.split(batch.target_ids, _HEAD_CHUNK), strict=True
+        ):
+            if rows.requires_grad and len(rows) > _HEAD_CHUNK:
+                logps.append(checkpoint(_target_logps, head, part, targets, use_reentrant=False))
+            else:
+                logps.append(_target_logps(head, part, targets))
+        token_logps = torch.cat(logps)
+        summed = torch.zeros(batch.num_responses, dtype=token_logps.dtype, device=token_logps.device)
+        return ResponseScores(summed.index_add(0, batch.response_of_target, token_logps), batch.token_counts)
+
+
+def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
+    """Score every response of the groups with right-padded rows and the model's own `sdpa` attention.
+
+    Returns:
+        [N] summed log-probabilities, in the order of a packed batch of the same groups.
+    """
+    rows = [(group.prompt_ids, response) for group in groups for response in group.responses]
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for i, (prompt, response) in enumerate(rows):
+        length = len(prompt) + len(response)
+        ids[i, :length] = torch.tensor(prompt + response)
+        mask[i, :length] = 1
+    device = next(model.parameters()).device
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    finally:
+        model.set_attn_implementation(previous)
+    sums = []
+    for i, (prompt, response) in enumerate(rows):
+        predicted = _log_softmax(logits[i, len(prompt) - 1 : len(prompt) + len(response) - 1])
+        sums.append(predicted.gather(1, torch.tensor(response, device=device)[:, None]).sum())
+    return torch.stack(sums)
+
+
+def check_packable(model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a model whose layers cannot be packed exactly; raises ModelError with the layer and the reason."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(kinds & _RECURRENT_LAYERS)
+    if recurrent:
+        msg = f"`{config.model_type}` has {recurrent[0]} layers, whose state would run from one response into the next"
+        raise ModelError(msg)
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(config, name, 0):
+            msg = f"`{config.model_type}` has {name} = {getattr(config, name)}; scores with dropout are not exact\n\nHint: set it to 0 in config.json."
+            raise ModelError(msg)
+
+
+def _target_logps(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return _log_softmax(head(rows)).gather(1, targets[:, None]).squeeze(1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # At least fp32; fp64 logits of a parity test stay fp64.
+    return log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

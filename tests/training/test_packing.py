@@ -1,0 +1,128 @@
+"""The packed batch gives the numbers of plain rows: log-probabilities and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from app.errors import DataError, ModelError
+from app.training.batch import PackedBatch, micro_batches, rank_share, step_groups
+from app.training.scoring import ScoringModel, plain_logps
+from app.training.tokenization import Group, Preference
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def tiny_model(kind: str = "llama"):
+    torch.manual_seed(0)
+    models = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+    }
+    model = models[kind]().double().eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            # The library's norm rounds to fp32 inside, which would hide an error below 1e-7.
+            module.forward = partial(exact_norm, module)
+    return model
+
+
+def exact_norm(module, hidden):
+    return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def group(name: str, prompt: int, responses: tuple[int, ...], seed: int = 0) -> Group:
+    generator = torch.Generator().manual_seed(seed + prompt)
+    draw = lambda n: tuple(torch.randint(1, 97, (n,), generator=generator).tolist())  # noqa: E731
+    pairs = tuple(Preference(0, k, 1.0, f"{name}-{k}", "import") for k in range(1, len(responses)))
+    return Group(name, name, "train", draw(prompt), tuple(draw(n) for n in responses), pairs)
+
+
+GROUPS = [group("a", 7, (5, 3)), group("b", 1, (1, 9, 4)), group("c", 12, (6,))]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+def test_packed_scores_and_gradients_equal_plain_rows_in_fp64(kind):
+    model = tiny_model(kind)
+    weights = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    plain = plain_logps(model, GROUPS)
+    (plain * weights).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    packed = ScoringModel(model)(PackedBatch.pack(GROUPS))
+    (packed.logps * weights).sum().backward()
+    assert torch.allclose(packed.logps, plain, atol=1e-10, rtol=0)
+    assert packed.token_counts.tolist() == [5, 3, 1, 9, 4, 6]
+    for name, parameter in model.named_parameters():
+        scale = expected[name].abs().max()
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-8 * scale, name
+
+
+def test_stock_attention_on_the_packed_row_would_be_wrong():
+    """Shows that the parity test can fail: without our attention a restarted position begins a new document."""
+    model = tiny_model()
+    batch = PackedBatch.pack(GROUPS)
+    plain = plain_logps(model, GROUPS)
+    model.set_attn_implementation("sdpa")
+    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    logps = model.lm_head(hidden[0][batch.predictor_rows]).log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze()
+    wrong = torch.zeros(6, dtype=torch.float64).index_add(0, batch.response_of_target, logps)
+    assert (wrong - plain).abs().max() > 1e-3
+
+
+def test_no_response_sees_another():
+    model = tiny_model()
+    scorer = ScoringModel(model)
+    whole = scorer(PackedBatch.pack([GROUPS[1]])).logps
+    for k, response in enumerate(GROUPS[1].responses):
+        alone = Group("b", "b", "train", GROUPS[1].prompt_ids, (response,))
+        assert torch.allclose(scorer(PackedBatch.pack([alone])).logps[0], whole[k], atol=1e-12, rtol=0)
+
+
+def test_an_empty_response_is_refused_by_name():
+    with pytest.raises(DataError, match="`empty` has an empty prompt or response"):
+        PackedBatch.pack([Group("empty", "c", "train", (1,), ((),))])
+
+
+def test_dropout_is_refused_by_name():
+    model = tiny_model()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ModelError, match="attention_dropout = 0.1"):
+        ScoringModel(model)
+
+
+GROUP_SIZES = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 10), min_size=2, max_size=4)), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=GROUP_SIZES, budget=st.integers(1, 60), batch_pairs=st.integers(1, 8), world=st.integers(1, 5))
+def test_every_pair_is_in_exactly_one_micro_batch_of_one_rank(sizes, budget, batch_pairs, world):
+    groups = [group(f"g{i}", prompt, tuple(lengths)) for i, (prompt, lengths) in enumerate(sizes)]
+    seen = [
+        pair_id
+        for step in step_groups(groups, batch_pairs)
+        for rank in range(world)
+        for batch in micro_batches(rank_share(step, rank=rank, world_size=world), budget)
+        for pair_id in batch.pair_ids
+    ]
+    assert sorted(seen) == sorted(p.pair_id for g in groups for p in g.pairs)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=GROUP_SIZES, budget=st.integers(1, 60))
+def test_a_micro_batch_exceeds_its_budget_only_for_a_single_group(sizes, budget):
+    groups = [group(f"g{i}", prompt, tuple(lengths)) for i, (prompt, lengths) in enumerate(sizes)]
+    for batch in micro_batches(groups, budget):
+        assert batch.input_ids.shape[1] <= budget or len(batch.segments) == 1
