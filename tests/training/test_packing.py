@@ -77,7 +77,9 @@ def test_stock_attention_on_the_packed_row_would_be_wrong():
     plain = plain_logps(model, GROUPS)
     model.set_attn_implementation("sdpa")
     hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-    logps = model.lm_head(hidden[0][batch.predictor_rows]).log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze()
+    logps = (
+        model.lm_head(hidden[0][batch.predictor_rows]).log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze()
+    )
     wrong = torch.zeros(6, dtype=torch.float64).index_add(0, batch.response_of_target, logps)
     assert (wrong - plain).abs().max() > 1e-3
 
@@ -103,7 +105,9 @@ def test_dropout_is_refused_by_name():
         ScoringModel(model)
 
 
-GROUP_SIZES = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 10), min_size=2, max_size=4)), min_size=1, max_size=20)
+GROUP_SIZES = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 10), min_size=2, max_size=4)), min_size=1, max_size=20
+)
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,0 +1,89 @@
+"""Did the model learn? Held-out reward accuracy against chance and against answers' lengths alone.
+
+The bar, fixed beforehand: the lower bound of the accuracy (percentile bootstrap over prompt clusters) must exceed
+50 % *and* the accuracy of both length-only rules on the same pairs. Margins of exactly zero are ties: they count half
+and are shown apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+_SAMPLES = 2000
+
+
+class Measured(Protocol):
+    """A held-out pair with its reward margin."""
+
+    @property
+    def cluster(self) -> str:
+        """Prompt cluster."""
+
+    @property
+    def margin(self) -> float:
+        """Reward of chosen less reward of rejected."""
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Length of the chosen answer."""
+
+    @property
+    def rejected_tokens(self) -> int:
+        """Length of the rejected answer."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Held-out accuracy with its interval, and what knowing only the lengths gives."""
+
+    accuracy: float
+    low: float
+    high: float
+    ties: float
+    shorter: float
+    longer: float
+    pairs: int
+    clusters: int
+    level: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether the lower bound exceeds chance and both length-only rules."""
+        return self.low > max(0.5, self.shorter, self.longer)
+
+    def table(self) -> str:
+        """Return the figures as text."""
+        verdict = "LEARNED" if self.learned else "NOT LEARNED"
+        return (
+            f"{verdict}: held-out reward accuracy {self.accuracy:.1%} "
+            f"[{self.low:.1%}, {self.high:.1%}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
+            f"  pairs {self.pairs}, ties {self.ties:.1%}\n"
+            f"  chance 50.0%, prefer the shorter {self.shorter:.1%}, prefer the longer {self.longer:.1%}"
+        )
+
+
+def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> Learning:
+    """Compare the margins of held-out pairs with chance and with their lengths."""
+    correct = np.array([0.5 * (1 + np.sign(m.margin)) for m in measures])
+    shorter = np.array([0.5 * (1 + np.sign(m.rejected_tokens - m.chosen_tokens)) for m in measures])
+    names = sorted({m.cluster for m in measures})
+    index = {name: i for i, name in enumerate(names)}
+    owner = np.array([index[m.cluster] for m in measures])
+    sums = np.bincount(owner, weights=correct, minlength=len(names))
+    counts = np.bincount(owner, minlength=len(names))
+    draws = np.random.default_rng(seed).integers(0, len(names), size=(_SAMPLES, len(names)))
+    resampled = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Learning(
+        accuracy=float(correct.mean()),
+        low=float(low),
+        high=float(high),
+        ties=float(np.mean([m.margin == 0 for m in measures])),
+        shorter=float(shorter.mean()),
+        longer=float(1 - shorter.mean()),
+        pairs=len(measures),
+        clusters=len(names),
+        level=level,
+    )

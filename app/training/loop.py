@@ -1,0 +1,302 @@
+"""The optimisation loop: a generator of step reports. No Ray, no tracker, no callbacks inside.
+
+    for step of groups -> this rank's micro-batches -> policy -> objective -> backward -> sum over ranks -> clip -> step
+
+Every rank is given the same groups for a step and takes its share of them, so world size changes nothing about which
+rows make a step. Losses are normalised by the global weight of the step. No update is made when the loss or the
+gradient norm is not finite on any rank.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from app.config import TrainSection
+from app.errors import TrainingError
+from app.training.batch import PackedBatch, micro_batches, rank_share
+from app.training.objectives import PairLosses
+from app.training.policy import adapter_off_logps, autocast, trainable
+from app.training.scoring import ScoringModel
+from app.training.tokenization import Group
+
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], PairLosses]
+"""(policy logps [N], reference logps [N], chosen [P], rejected [P]) -> PairLosses."""
+
+
+class Workers(Protocol):
+    """The ranks that train together."""
+
+    rank: int
+    size: int
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place."""
+
+    def gather(self, rows: list["PairMeasure"]) -> list["PairMeasure"]:
+        """Return the rows of all ranks."""
+
+
+class SingleWorker:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Nothing to add."""
+
+    def gather(self, rows: list["PairMeasure"]) -> list["PairMeasure"]:
+        """The rows are all there."""
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Means over the pairs of one optimizer step, over all ranks. Log-probabilities and rewards are in nats."""
+
+    step: int
+    """Number of steps done, this one included."""
+    loss: float
+    reward_chosen: float
+    reward_rejected: float
+    reward_margin: float
+    reward_accuracy: float
+    """Share of pairs with a positive margin; exact zeros are ties and count in `reward_ties`."""
+    reward_ties: float
+    logp_chosen: float
+    logp_rejected: float
+    grad_norm: float
+    learning_rate: float
+    pairs: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairMeasure:
+    """One held-out pair: its reward margin and the lengths of its answers, in tokens."""
+
+    pair_id: str
+    cluster: str
+    margin: float
+    loss: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+    """Return the factor on the peak learning rate for the 0-based `step`: linear warm-up, then decay to zero."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+
+
+def make_optimizer(policy: ScoringModel, section: TrainSection) -> torch.optim.AdamW:
+    """Return AdamW over the parameters that train."""
+    return torch.optim.AdamW(
+        trainable(policy).values(), lr=section.learning_rate, weight_decay=section.weight_decay, betas=(0.9, 0.999)
+    )
+
+
+def optimise(
+    policy: ScoringModel,
+    steps: Iterable[Sequence[Group]],
+    *,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    section: TrainSection,
+    total_steps: int,
+    done_steps: int = 0,
+    workers: Workers,
+) -> Iterator[StepReport]:
+    """Train, one report for each step.
+
+    Args:
+        policy: what is trained.
+        steps: the groups of each remaining step, the same on every rank.
+        objective: losses of pairs.
+        optimizer: over the parameters of `policy` that train.
+        section: learning rate, schedule, clipping, token budget, dtype, reference.
+        total_steps: steps of the whole run, for the schedule.
+        done_steps: steps done before a resume.
+        workers: the ranks.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite; the weights are those of the step before.
+    """
+    parameters = list(trainable(policy).values())
+    device = parameters[0].device
+    for step, groups in enumerate(steps, start=done_steps):
+        began = time.perf_counter()
+        policy.train()
+        optimizer.zero_grad(set_to_none=False)
+        weight = sum(pair.weight for group in groups for pair in group.pairs)
+        sums = _Sums(device)
+        for batch in micro_batches(
+            rank_share(groups, rank=workers.rank, world_size=workers.size), section.micro_batch_tokens
+        ):
+            batch = batch.to(device)
+            reference = _reference(policy, batch, section)
+            with autocast(device, section.dtype):
+                scores = policy(batch)
+            result = objective(scores.logps, reference, batch.chosen, batch.rejected)
+            loss = (result.losses * batch.weights).sum() / weight
+            loss.backward()
+            sums.add(batch, result, scores.logps.detach(), float(loss.detach()))
+        _sum_gradients(parameters, workers)
+        workers.sum_(sums.values)
+        norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+        report = sums.report(
+            step=step + 1,
+            grad_norm=float(norm),
+            learning_rate=section.learning_rate
+            * learning_rate_factor(
+                step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
+            ),
+            seconds=time.perf_counter() - began,
+        )
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            ids = [pair.pair_id for group in groups for pair in group.pairs]
+            msg = f"step {step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; no update was made. Pairs of the step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}\n\nHint: lower train.learning_rate, or look at these pairs."
+            raise TrainingError(msg)
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = report.learning_rate
+        optimizer.step()
+        yield report
+
+
+def measure(
+    policy: ScoringModel,
+    groups: Sequence[Group],
+    *,
+    objective: Objective,
+    section: TrainSection,
+    workers: Workers,
+) -> list[PairMeasure]:
+    """Score held-out groups without training; every rank returns the pairs of all ranks, sorted by id."""
+    device = next(policy.parameters()).device
+    policy.train(mode=False)
+    rows: list[PairMeasure] = []
+    share = rank_share(groups, rank=workers.rank, world_size=workers.size)
+    with torch.no_grad():
+        for batch in micro_batches(share, section.micro_batch_tokens):
+            batch = batch.to(device)
+            reference = _reference(policy, batch, section)
+            with autocast(device, section.dtype):
+                scores = policy(batch)
+            result = objective(scores.logps, reference, batch.chosen, batch.rejected)
+            margins = (result.chosen_rewards - result.rejected_rewards).tolist()
+            chosen, rejected = batch.token_counts[batch.chosen], batch.token_counts[batch.rejected]
+            rows += map(
+                PairMeasure,
+                batch.pair_ids,
+                batch.clusters,
+                margins,
+                result.losses.tolist(),
+                chosen.tolist(),
+                rejected.tolist(),
+            )
+    return sorted(workers.gather(rows), key=lambda row: row.pair_id)
+
+
+def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
+    """Compare the untrained policy with its reference on a few groups and return the largest difference in nats.
+
+    Raises:
+        TrainingError: the reference log-probabilities do not come from the model that the policy starts from.
+    """
+    device = next(policy.parameters()).device
+    # Packing changes the order of bf16 sums: some tenths of a nat over a long answer, never whole ones.
+    tolerance = 1e-3 if section.dtype == "float32" else 1.0
+    policy.train(mode=False)
+    worst = 0.0
+    with torch.no_grad():
+        for batch in micro_batches(groups, section.micro_batch_tokens):
+            batch = batch.to(device)
+            with autocast(device, section.dtype):
+                logps = policy(batch).logps
+            worst = max(worst, float((logps - _reference(policy, batch, section)).abs().max()))
+    if not worst <= tolerance:
+        msg = f"policy and reference differ by up to {worst:.4f} nats before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: run `prefloop prepare` again for this start model, or name another model.reference_model."
+        raise TrainingError(msg)
+    return worst
+
+
+def _reference(policy: ScoringModel, batch: PackedBatch, section: TrainSection) -> Tensor:
+    if section.reference == "adapter_off":
+        with autocast(batch.input_ids.device, section.dtype):
+            return adapter_off_logps(policy, batch)
+    if batch.reference_logps is None:
+        msg = "the training snapshot has no reference log-probabilities\n\nHint: run `prefloop prepare` with `train.reference: precomputed`."
+        raise TrainingError(msg)
+    return batch.reference_logps.to(torch.float32)
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], workers: Workers) -> None:
+    if workers.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            # A rank without rows still takes part, with zeros.
+            parameter.grad = torch.zeros_like(parameter)
+    # One flat buffer is one collective instead of hundreds of small ones.
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    workers.sum_(flat)
+    offset = 0
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
+
+
+class _Sums:
+    """Sums and counts of a step, added up over ranks in one collective."""
+
+    _NAMES = ("loss", "chosen", "rejected", "accurate", "ties", "logp_chosen", "logp_rejected", "pairs", "tokens")
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
+
+    def add(self, batch: PackedBatch, result: PairLosses, logps: Tensor, loss: float) -> None:
+        margins = result.chosen_rewards - result.rejected_rewards
+        row = (
+            loss,
+            float(result.chosen_rewards.sum()),
+            float(result.rejected_rewards.sum()),
+            float((margins > 0).sum()),
+            float((margins == 0).sum()),
+            float(logps[batch.chosen].sum()),
+            float(logps[batch.rejected].sum()),
+            float(len(margins)),
+            float(batch.input_ids.numel()),
+        )
+        self.values += torch.tensor(row, dtype=torch.float64, device=self.values.device)
+
+    def report(self, *, step: int, grad_norm: float, learning_rate: float, seconds: float) -> StepReport:
+        total = dict(zip(self._NAMES, self.values.tolist(), strict=True))
+        pairs = max(1.0, total["pairs"])
+        return StepReport(
+            step=step,
+            loss=total["loss"],
+            reward_chosen=total["chosen"] / pairs,
+            reward_rejected=total["rejected"] / pairs,
+            reward_margin=(total["chosen"] - total["rejected"]) / pairs,
+            reward_accuracy=total["accurate"] / pairs,
+            reward_ties=total["ties"] / pairs,
+            logp_chosen=total["logp_chosen"] / pairs,
+            logp_rejected=total["logp_rejected"] / pairs,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            pairs=int(total["pairs"]),
+            tokens=int(total["tokens"]),
+            seconds=seconds,
+        )

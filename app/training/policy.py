@@ -1,0 +1,95 @@
+"""The policy: a scoring model with something to train, its reference, and the weights it leaves behind.
+
+With adapters the frozen base stays in the compute type and the adapters are fp32; full fine-tuning keeps fp32 master
+weights. The reference is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.config import TrainSection
+from app.errors import ModelError
+from app.models import LoadedModel
+from app.training.batch import PackedBatch
+from app.training.scoring import ScoringModel
+
+
+def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
+    """Make the trainable policy out of the start model; equal seeds give equal adapters on every worker.
+
+    Raises:
+        ModelError: none of `lora.target_modules` exists in the model.
+    """
+    torch.manual_seed(section.seed)
+    if section.adapter == "full":
+        model = start.model.requires_grad_(requires_grad=True)
+        if section.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return ScoringModel(model)
+    config = LoraConfig(
+        r=section.lora.r,
+        lora_alpha=section.lora.alpha,  # type: ignore[arg-type]  # a float works, the annotation says int
+        target_modules=list(section.lora.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(start.model, config)
+    except ValueError as error:
+        linear = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, torch.nn.Linear)}
+        )
+        msg = f"adapters do not fit `{start.model_id}`: {error}\n\nHint: its linear layers are {', '.join(linear)}."
+        raise ModelError(msg) from None
+    if section.activation_checkpointing:
+        adapted.enable_input_require_grads()
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    return ScoringModel(adapted)
+
+
+def trainable(policy: ScoringModel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that train, by name, in a fixed order."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
+    """Compute in bf16 where the recipe says so; fp32 is left alone."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def adapter_off_logps(policy: ScoringModel, batch: PackedBatch) -> Tensor:
+    """Score a batch with the policy's own base: [N], without gradients."""
+    adapted = policy.model
+    assert isinstance(adapted, PeftModel)  # noqa: S101  the recipe refuses adapter_off without adapters
+    with torch.no_grad(), adapted.disable_adapter():
+        return _logps(policy, batch)
+
+
+def merged_model(policy: ScoringModel) -> PreTrainedModel:
+    """Fold the adapters into the base, layer by layer in fp32, and return the plain model."""
+    model = policy.model
+    if not isinstance(model, PeftModel):
+        return model
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                layer: Any = module
+                weight: Tensor = layer.get_base_layer().weight
+                merged = weight.float()
+                for name in layer.active_adapters:
+                    merged = merged + layer.get_delta_weight(name).float()
+                weight.copy_(merged)
+    base: PreTrainedModel = model.unload()
+    return base
+
+
+def _logps(policy: ScoringModel, batch: PackedBatch) -> Tensor:
+    logps: Tensor = policy(batch).logps
+    return logps

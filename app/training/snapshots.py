@@ -1,0 +1,213 @@
+"""Training snapshots: groups in Parquet in a fixed global order, bound to the tokenizer and the reference.
+
+The manifest counts rows, pairs and tokens for each split; the id is the hash of what trains. Train rows and held-out
+rows lie in files of their own (`train-*`, `held_out-*`), so a job reads what it needs.
+"""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from app.errors import DataError
+from app.ledger import Ledger, SnapshotRow, now
+from app.schemas import TRAINING_SCHEMA, Split, content_hash
+from app.storage import Artifact, Home, read_parquet
+from app.training.batch import cut_steps
+from app.training.tokenization import Group, Label, Preference
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the token ids and reference log-probabilities of a snapshot depend on."""
+
+    pair_snapshot_id: str
+    template_digest: str
+    max_length: int
+    too_long: str
+    seed: int
+    reference_digest: str | None
+    """Digest of the reference model; None where the snapshot has no reference log-probabilities."""
+    dtype: str | None
+
+
+def to_row(group: Group, row_index: int) -> dict[str, Any]:
+    """Return the Parquet row of a group."""
+    return {"row_index": row_index, **asdict(group)}
+
+
+def from_row(row: dict[str, Any]) -> Group:
+    """Read a group from a Parquet row."""
+    return Group(
+        group_id=row["group_id"],
+        cluster=row["cluster"],
+        split=row["split"],
+        prompt_ids=tuple(row["prompt_ids"]),
+        responses=tuple(map(tuple, row["responses"])),
+        pairs=tuple(Preference(**pair) for pair in row["pairs"] or ()),
+        labels=tuple(Label(**label) for label in row["labels"] or ()),
+        reference_logps=None if row["reference_logps"] is None else tuple(row["reference_logps"]),
+    )
+
+
+def global_order(groups: Iterable[Group], seed: int) -> list[Group]:
+    """Return the groups in the fixed shuffle of a seed, which does not depend on the order they come in."""
+    ordered = sorted(groups, key=lambda g: g.group_id)
+    random.Random(seed).shuffle(ordered)  # noqa: S311  an order, not a secret
+    return ordered
+
+
+def write_training_snapshot(
+    home: Home,
+    ledger: Ledger,
+    groups: Sequence[Group],
+    *,
+    binding: Binding,
+    counts: dict[str, Any],
+    rows_per_file: int,
+) -> SnapshotRow:
+    """Write groups (already in global order) as a snapshot and register it; the same content gives the same id."""
+    identity = [
+        asdict(binding),
+        [[g.group_id, g.split, g.reference_logps, [p.pair_id for p in g.pairs]] for g in groups],
+    ]
+    snapshot_id = content_hash(identity)[:16]
+    artifact = home.artifact("training", snapshot_id)
+    if not artifact.exists():
+        splits: dict[str, dict[str, int]] = {}
+        for split in Split:
+            members = [g for g in groups if g.split == split]
+            rows = (to_row(group, index) for index, group in enumerate(members))
+            artifact.write_rows(rows, TRAINING_SCHEMA, rows_per_file=rows_per_file, stem=split.value)
+            splits[split.value] = {
+                "rows": len(members),
+                "pairs": sum(len(g.pairs) for g in members),
+                "labels": sum(len(g.labels) for g in members),
+                "tokens": sum(g.num_tokens for g in members),
+            }
+        artifact.write_manifest(
+            {"snapshot_id": snapshot_id, "binding": asdict(binding), "splits": splits, "counts": counts}
+        )
+    with ledger.write() as session:
+        row = session.get(SnapshotRow, snapshot_id)
+        if row is None:
+            row = SnapshotRow(
+                snapshot_id=snapshot_id,
+                kind="training",
+                uri=artifact.uri,
+                manifest=artifact.manifest(),
+                parent_id=binding.pair_snapshot_id,
+                created_at=now(),
+            )
+            session.add(row)
+    return row
+
+
+def check_binding(
+    artifact: Artifact, *, template_digest: str, reference_digest: str | None, dtype: str
+) -> dict[str, Any]:
+    """Return the manifest of a training snapshot that fits a run.
+
+    Args:
+        artifact: the snapshot.
+        template_digest: of the policy's tokenizer.
+        reference_digest: of the reference whose log-probabilities the run wants to read, or None.
+        dtype: compute type of the run.
+
+    Raises:
+        DataError: the snapshot was made with another chat template, another reference or another compute type.
+    """
+    manifest = artifact.manifest()
+    binding = Binding(**manifest["binding"])
+    if binding.template_digest != template_digest:
+        msg = f"training snapshot `{artifact.name}` was made with another chat template ({binding.template_digest[:8]}…, the policy has {template_digest[:8]}…)\n\nHint: run `prefloop prepare` again."
+        raise DataError(msg)
+    if reference_digest is not None and (binding.reference_digest, binding.dtype) != (reference_digest, dtype):
+        msg = f"training snapshot `{artifact.name}` has reference log-probabilities of {binding.reference_digest or 'no model'} in {binding.dtype}, the run needs {reference_digest} in {dtype}\n\nHint: run `prefloop prepare` again."
+        raise DataError(msg)
+    return manifest
+
+
+def read_groups(artifact: Artifact, split: Split) -> list[Group]:
+    """Read all groups of a split, in global order."""
+    return [from_row(row) for path in artifact.part_uris(split.value) for row in _rows(artifact, path)]
+
+
+def groups_of_table(table: pa.Table) -> list[Group]:
+    """Read groups from a table of the training schema."""
+    return [from_row(row) for row in table.to_pylist()]
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """One file of train rows, which are numbered from `first` on."""
+
+    path: str
+    first: int
+    pair_counts: tuple[int, ...]
+
+
+def train_files(artifact: Artifact) -> list[TrainFile]:
+    """List the train files with the number of pairs of each row; reads one column."""
+    files = []
+    for path in artifact.part_uris(Split.TRAIN.value):
+        with artifact.filesystem.open(path, "rb") as stream:
+            table = pq.read_table(stream, columns=["row_index", "pairs"])
+        counts = tuple(pc.list_value_length(table["pairs"]).to_pylist())
+        if counts:
+            files.append(TrainFile(path, table["row_index"][0].as_py(), counts))
+    return files
+
+
+def epoch_files(files: Sequence[TrainFile], *, seed: int, epoch: int) -> list[TrainFile]:
+    """Return the files in the order of an epoch."""
+    return _permuted(files, f"{seed}/{epoch}/files")
+
+
+def epoch_stream(
+    items: Iterator[Item], files: Sequence[TrainFile], *, seed: int, epoch: int, window: int
+) -> Iterator[Item]:
+    """Take one epoch off a stream that comes in file order, permuted inside fixed windows.
+
+    The permutation depends on (seed, epoch, window number) alone, so it is the same for every world size and resume.
+
+    Raises:
+        DataError: the stream ends before the rows of the epoch do.
+    """
+    length = sum(len(file.pair_counts) for file in files)
+    for number, start in enumerate(range(0, length, window)):
+        buffer = list(itertools.islice(items, min(window, length - start)))
+        if len(buffer) < min(window, length - start):
+            msg = f"the stream of epoch {epoch} ended after {start + len(buffer)} of {length} rows"
+            raise DataError(msg)
+        yield from _permuted(buffer, f"{seed}/{epoch}/{number}")
+
+
+def count_steps(files: Sequence[TrainFile], *, seed: int, epochs: int, window: int, batch_pairs: int) -> int:
+    """Return the number of optimizer steps, by walking the very order that training walks."""
+
+    def counts() -> Iterator[int]:
+        for epoch in range(epochs):
+            ordered = epoch_files(files, seed=seed, epoch=epoch)
+            stream = (count for file in ordered for count in file.pair_counts)
+            yield from epoch_stream(stream, ordered, seed=seed, epoch=epoch, window=window)
+
+    return sum(1 for _ in cut_steps(counts(), lambda count: count, batch_pairs))
+
+
+def _permuted(items: Sequence[Item], key: str) -> list[Item]:
+    order = list(items)
+    random.Random(key).shuffle(order)  # noqa: S311  an order, not a secret
+    return order
+
+
+def _rows(artifact: Artifact, path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_parquet(artifact.filesystem, path, TRAINING_SCHEMA).to_pylist()
+    return rows

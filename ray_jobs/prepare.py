@@ -1,0 +1,205 @@
+"""Prepare: pair snapshot -> training snapshot (token ids, reference log-probabilities, fixed global order).
+
+    python -m ray_jobs.prepare RECIPE.yaml [--set a.b=c]
+
+Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
+Ray Data actors that hold it. What cannot train is counted by reason in the manifest.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow as pa
+import ray
+import torch
+from app.preferences.snapshots import read_pairs, resolve_snapshot
+from rich.console import Console
+
+from app.config import Recipe
+from app.errors import DataError
+from app.ledger import Ledger, ModelRow, SnapshotRow
+from app.models import ensure_sft, load_model
+from app.schemas import TRAINING_SCHEMA
+from app.storage import Home
+from app.training.batch import PackedBatch, token_bins
+from app.training.policy import autocast
+from app.training.scoring import ScoringModel
+from app.training.snapshots import (
+    Binding,
+    from_row,
+    global_order,
+    groups_of_table,
+    to_row,
+    write_training_snapshot,
+)
+from app.training.tokenization import Group, encode_groups
+from ray_jobs.session import Session, ray_cluster, run_job
+
+_SCORE_BATCH = 64
+
+
+def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
+    """Return the model that `champion` or `sft` stands for; before the first ship the champion is the SFT model."""
+    sft = ensure_sft(home, ledger, recipe.model.sft)
+    champion = ledger.champion(recipe.serving.deployment)
+    if which == "sft" or champion is None:
+        return sft
+    with ledger.read() as session:
+        row = session.get(ModelRow, champion.model_id)
+    assert row is not None  # noqa: S101  a foreign key
+    return row
+
+
+def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -> SnapshotRow:
+    """Write the training snapshot of a pair snapshot and return its ledger row.
+
+    Raises:
+        DataError: no row can train, or a row is too long and the recipe refuses that.
+    """
+    start = named_model(home, ledger, recipe, recipe.model.start)
+    reference = named_model(home, ledger, recipe, recipe.model.reference_model)
+    loaded = load_model(home, start.model_id, dtype=recipe.train.dtype)
+    pairs = read_pairs(home, pair_snapshot_id)
+    groups, audit = encode_groups(
+        pairs,
+        loaded.tokenizer,
+        template_digest=loaded.template_digest,
+        end_ids=loaded.end_ids,
+        max_length=recipe.prepare.max_length,
+        too_long=recipe.prepare.too_long,
+    )
+    if not groups:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in audit.dropped.items()) or "the snapshot is empty"
+        msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
+        raise DataError(msg)
+    ordered = global_order(groups, recipe.prepare.seed)
+    precomputed = recipe.train.reference == "precomputed"
+    if precomputed:
+        ordered = score_reference(home, reference.model_id, ordered, recipe)
+    return write_training_snapshot(
+        home,
+        ledger,
+        ordered,
+        binding=Binding(
+            pair_snapshot_id=pair_snapshot_id,
+            template_digest=loaded.template_digest,
+            max_length=recipe.prepare.max_length,
+            too_long=recipe.prepare.too_long,
+            seed=recipe.prepare.seed,
+            reference_digest=reference.digest if precomputed else None,
+            dtype=recipe.train.dtype if precomputed else None,
+        ),
+        counts={
+            "kept": audit.kept,
+            "dropped": dict(audit.dropped),
+            "truncated": audit.truncated,
+            "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
+            "reference_model": reference.model_id if precomputed else None,
+        },
+        rows_per_file=recipe.prepare.rows_per_file,
+    )
+
+
+def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Recipe) -> list[Group]:
+    """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order."""
+    unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
+    workers = recipe.workers
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    blocks = max(1, min(len(groups) // _SCORE_BATCH, 8 * workers.workers))
+    scored = (
+        ray.data.from_arrow(unscored)
+        .repartition(blocks)
+        .map_batches(
+            ReferenceScorer,
+            fn_constructor_kwargs={
+                "home_uri": home.uri,
+                "model_id": model_id,
+                "dtype": recipe.train.dtype,
+                "token_budget": recipe.train.micro_batch_tokens,
+                "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+            },
+            batch_size=_SCORE_BATCH,
+            batch_format="pyarrow",
+            num_cpus=workers.cpus_per_worker,
+            num_gpus=1 if workers.use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=workers.workers),
+        )
+    )
+    by_index = {
+        row["row_index"]: from_row(row)
+        for batch in scored.iter_batches(batch_format="pyarrow")
+        for row in batch.to_pylist()
+    }
+    if len(by_index) != len(groups):
+        msg = f"the reference pass returned {len(by_index)} of {len(groups)} rows"
+        raise DataError(msg)
+    return [by_index[i] for i in range(len(groups))]
+
+
+class ReferenceScorer:
+    """A Ray Data actor that holds the frozen reference."""
+
+    def __init__(self, home_uri: str, model_id: str, dtype: str, token_budget: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        loaded = load_model(Home.at(home_uri), model_id, dtype=dtype)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.scorer = ScoringModel(loaded.model).to(self.device)
+        self.dtype = dtype
+        self.token_budget = token_budget
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Fill in `reference_logps`."""
+        groups = groups_of_table(table)
+        indices = table["row_index"].to_pylist()
+        scored = {group.group_id: group for group in self._score(groups)}
+        rows = [to_row(scored[g.group_id], index) for g, index in zip(groups, indices, strict=True)]
+        return pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA)
+
+    def _score(self, groups: list[Group]) -> list[Group]:
+        out: list[Group] = []
+        with torch.no_grad():
+            for members in token_bins(groups, self.token_budget):
+                batch = PackedBatch.pack(members).to(self.device)
+                with autocast(self.device, self.dtype):
+                    logps = self.scorer(batch).logps.double().tolist()
+                offset = 0
+                for group in members:
+                    count = len(group.responses)
+                    out.append(replace(group, reference_logps=tuple(logps[offset : offset + count])))
+                    offset += count
+        return out
+
+
+def _body(session: Session, options: argparse.Namespace) -> int:
+    del options
+    pair_snapshot = resolve_snapshot(session.home, session.ledger, session.recipe.snapshot, kind="pairs")
+    with ray_cluster(session.home):
+        row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id)
+    print_summary(Console(), row)
+    return 0
+
+
+def print_summary(console: Console, row: SnapshotRow) -> None:
+    """Print what a training snapshot holds and what was left out."""
+    splits, counts = row.manifest["splits"], row.manifest["counts"]
+    shown = ", ".join(
+        f"{name}: {n['pairs']} pairs on {n['rows']} prompts ({n['tokens']} tokens)" for name, n in splits.items()
+    )
+    console.print(f"training snapshot [bold]{row.snapshot_id}[/bold]: {shown}", highlight=False)
+    if counts["dropped"]:
+        console.print(
+            "left out: " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()), highlight=False
+        )
+
+
+def main() -> int:
+    """Run the job."""
+    return run_job("prepare", _body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

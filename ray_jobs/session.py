@@ -1,0 +1,95 @@
+"""What every job does first and last: read the recipe, find the home and the ledger, reach a Ray cluster, exit well.
+
+Exit codes: 0 done (or shipped), 3 the gate holds, 130 interrupted, 1 any other error. A job run by hand joins the
+cluster that `prefloop serve` or `ray start` left running, else it starts a local one for itself.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from app.config import Recipe, load_recipe
+from app.errors import Interrupted, PrefloopError
+from app.ledger import Ledger
+from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
+
+_QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a job works with."""
+
+    home: Home
+    ledger: Ledger
+    recipe: Recipe
+    recipe_path: str
+    overrides: tuple[str, ...]
+
+
+def run_job(
+    name: str,
+    body: Callable[[Session, argparse.Namespace], int],
+    *,
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse `RECIPE.yaml [--set a.b=c]`, run the body and return the exit code; errors are printed without a trace."""
+    parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{name}")
+    parser.add_argument("recipe", help="path of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    if arguments is not None:
+        arguments(parser)
+    options = parser.parse_args(argv)
+    # `ray job stop` sends SIGTERM: it must unwind like Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        home = Home.from_environment()
+        recipe = load_recipe(options.recipe, options.overrides)
+        ledger = Ledger.open(home.ledger_url)
+        session = Session(home, ledger, recipe, str(Path(options.recipe).resolve()), tuple(options.overrides))
+        return body(session, options)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what was acknowledged is kept", file=sys.stderr)  # noqa: T201
+        return Interrupted.exit_code
+    except PrefloopError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+
+
+@contextmanager
+def ray_cluster(home: Home) -> Any:
+    """Join the running cluster, or start a local one that ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    environment = {HOME_VARIABLE: home.uri, **_QUIET}
+    if LEDGER_VARIABLE in os.environ:
+        environment[LEDGER_VARIABLE] = os.environ[LEDGER_VARIABLE]
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    arguments: dict[str, Any] = {
+        "log_to_driver": True,
+        "logging_level": "WARNING",
+        "runtime_env": {"env_vars": environment},
+    }
+    try:
+        ray.init(address="auto", **arguments)
+    except ConnectionError:
+        # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,304 @@
+"""Train: training snapshot + start model -> run, merged model artifact.
+
+    python -m ray_jobs.train RECIPE.yaml [--set a.b=c] [--run RUN_ID] [--training-snapshot ID]
+
+A Ray Train job; `ray_jobs.worker` is what runs on each worker. The same run id again continues from the newest valid
+checkpoint. Prints whether the model learned: held-out reward accuracy against chance and against the length-only
+baselines, with intervals by prompt cluster.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from app.preferences.snapshots import resolve_snapshot
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from app.config import Recipe
+from app.errors import TrainingError
+from app.evaluation.learning import Learning, judge_learning
+from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
+from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
+from app.schemas import content_hash
+from app.storage import Artifact, Home
+from app.training.checkpoints import RunIdentity
+from app.training.loop import PairMeasure
+from app.training.snapshots import check_binding, count_steps, epoch_files, train_files
+from ray_jobs.prepare import named_model, prepare, print_summary
+from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, train_worker
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its model and what the held-out pairs say."""
+
+    run_id: str
+    model: ModelRow
+    steps: int
+    learning: Learning | None
+
+
+class StepRecorder(UserCallback):
+    """Writes each step's metrics to the ledger; runs in the controller, on the driver's node."""
+
+    def __init__(self, ledger_url: str, run_id: str) -> None:
+        self.ledger_url = ledger_url
+        self.run_id = run_id
+        self._ledger: Ledger | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
+        """Store rank 0's metrics; a step that is done again after a restart replaces its old row."""
+        if self._ledger is None:
+            self._ledger = Ledger.open(self.ledger_url)
+        report = metrics[0]
+        if "step" not in report:
+            self._ledger.audit("train", "note", self.run_id, report)
+            return
+        with self._ledger.write() as session:
+            row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
+            session.merge(row)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
+
+
+def train(
+    home: Home,
+    ledger: Ledger,
+    recipe: Recipe,
+    training_snapshot_id: str,
+    *,
+    run_id: str,
+) -> TrainResult:
+    """Train one run to its end and register its model.
+
+    Raises:
+        DataError: the snapshot does not fit the recipe or has too few pairs.
+        TrainingError: the run failed on the workers.
+    """
+    start = named_model(home, ledger, recipe, recipe.model.start)
+    reference = named_model(home, ledger, recipe, recipe.model.reference_model)
+    snapshot = home.artifact("training", training_snapshot_id)
+    files = tuple(train_files(snapshot))
+    steps = count_steps(
+        files,
+        seed=recipe.train.seed,
+        epochs=recipe.train.epochs,
+        window=SHUFFLE_WINDOW,
+        batch_pairs=recipe.train.batch_pairs,
+    )
+    _check_snapshot(home, snapshot, recipe, start, reference)
+    task = TrainTask(
+        home_uri=home.uri,
+        identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
+        start_model_id=start.model_id,
+        policy_is_reference=start.model_id == reference.model_id,
+        section=recipe.train,
+        files=files,
+        total_steps=min(steps, recipe.train.max_steps or steps),
+        threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
+    )
+    _record_start(ledger, recipe, task, reference)
+    try:
+        _fit(home, recipe, snapshot, task)
+    except TrainingFailedError as error:
+        cause = _first_line(error)
+        _record_end(ledger, run_id, status="failed", error=cause)
+        msg = f"run `{run_id}` failed: {cause}\n\nHint: the same run id continues from its last checkpoint."
+        raise TrainingError(msg) from error
+    except KeyboardInterrupt:
+        _record_end(ledger, run_id, status="stopped", error="interrupted")
+        raise
+    return _finish(home, ledger, recipe, task)
+
+
+def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow) -> None:
+    precomputed = recipe.train.reference == "precomputed"
+    manifest = check_binding(
+        snapshot,
+        template_digest=template_digest(load_tokenizer(home, start.model_id)),
+        reference_digest=reference.digest if precomputed else None,
+        dtype=recipe.train.dtype,
+    )
+    pairs = manifest["splits"]["train"]["pairs"]
+    if pairs < recipe.pairs.min_pairs:
+        msg = f"{pairs} training pairs are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
+        raise TrainingError(msg)
+
+
+def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
+    workers = recipe.workers
+    needed = workers.workers * workers.cpus_per_worker
+    available = ray.cluster_resources().get("CPU", 0.0)
+    if available < needed + 1:
+        msg = f"{workers.workers} workers with {workers.cpus_per_worker} CPUs and one CPU for reading need {needed + 1} CPUs, the cluster has {available:g}\n\nHint: lower workers.cpus_per_worker or workers.workers."
+        raise TrainingError(msg)
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    filesystem = snapshot.filesystem
+    epochs = []
+    for epoch in range(recipe.train.epochs):
+        ordered = epoch_files(task.files, seed=recipe.train.seed, epoch=epoch)
+        paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
+        # A path that is listed twice in one read vanishes, so each epoch is a data set of its own.
+        epochs.append(ray.data.read_parquet(paths, override_num_blocks=len(paths)))
+    stream = epochs[0].union(*epochs[1:]) if len(epochs) > 1 else epochs[0]
+    attempt = uuid.uuid4().hex[:8]
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=workers.workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+        ),
+        datasets={"train": stream},
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
+        run_config=RunConfig(
+            # Ray's own snapshot of a run is not written atomically, so no attempt ever reads another's.
+            name=f"{task.identity.run_id}-{attempt}",
+            storage_path=f"{home.uri}/runs/{task.identity.run_id}/ray",
+            # The annotations in `ray.train` are those of Train V1, the classes those of V2.
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+            callbacks=[StepRecorder(home.ledger_url, task.identity.run_id)],  # type: ignore[list-item]
+        ),
+    )
+    trainer.fit()
+
+
+def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> TrainResult:
+    run_id = task.identity.run_id
+    run = home.artifact("runs", run_id)
+    result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
+    measures = [PairMeasure(**m) for m in result["measures"]]
+    learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
+    metrics = {**result["summary"], "steps": task.total_steps}
+    if learning is not None:
+        metrics["learning"] = dataclasses.asdict(learning)
+    export = home.artifact(f"runs/{run_id}", EXPORT)
+    with export.local_copy() as folder:
+        lineage = Lineage(
+            kind="merged" if recipe.train.adapter == "lora" else "full",
+            parent_id=task.start_model_id,
+            run_id=run_id,
+            snapshot_id=task.identity.snapshot_id,
+            recipe=recipe.model_dump(mode="json"),
+            metrics=metrics,
+        )
+        model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
+    export.filesystem.rm(export.path, recursive=True)
+    _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
+    return TrainResult(run_id, model, task.total_steps, learning)
+
+
+def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> None:
+    identity = task.identity
+    with ledger.write() as session:
+        row = session.get(RunRow, identity.run_id)
+        if row is None:
+            row = RunRow(
+                run_id=identity.run_id,
+                kind="train",
+                recipe=recipe.model_dump(mode="json"),
+                snapshot_id=identity.snapshot_id,
+                start_model_id=task.start_model_id,
+                reference_model_id=reference.model_id,
+                metrics={"total_steps": task.total_steps},
+                attempt=0,
+                code_version=code_version(),
+                created_at=now(),
+                updated_at=now(),
+                status="running",
+            )
+            session.add(row)
+        elif (row.snapshot_id, _recipe_digest_of(row.recipe)) != (identity.snapshot_id, identity.recipe_digest):
+            msg = f"run `{identity.run_id}` exists with another snapshot or recipe\n\nHint: choose another --run, or leave it out."
+            raise TrainingError(msg)
+        row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
+
+
+def _record_end(
+    ledger: Ledger,
+    run_id: str,
+    *,
+    status: str,
+    error: str | None = None,
+    metrics: dict[str, Any] | None = None,
+    output_model_id: str | None = None,
+) -> None:
+    with ledger.write() as session:
+        row = session.get_one(RunRow, run_id)
+        row.status, row.error, row.updated_at = status, error, now()
+        row.metrics = {**row.metrics, **(metrics or {})}
+        row.output_model_id = output_model_id
+
+
+def _recipe_digest(recipe: Recipe) -> str:
+    return _recipe_digest_of(recipe.model_dump(mode="json"))
+
+
+def _recipe_digest_of(tree: dict[str, Any]) -> str:
+    # What the numbers of a run depend on; a run may move to other machines or be evaluated otherwise.
+    return content_hash({key: tree[key] for key in ("model", "prepare", "train")})
+
+
+def _first_line(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [str(cause) for cause in failures.values()] or [str(error)]
+    lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line]
+    return (named or lines or ["unknown"])[-1]
+
+
+def print_learning(console: Console, learning: Learning | None) -> None:
+    """Print the table that says whether the model learned from its pairs."""
+    if learning is None:
+        console.print("no held-out pairs: whether the model learned is not known", highlight=False)
+        return
+    console.print(learning.table(), highlight=False)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", help="run id; an existing one continues")
+    parser.add_argument("--training-snapshot", help="default: prepared from the recipe's pair snapshot")
+
+
+def _body(session: Session, options: argparse.Namespace) -> int:
+    console = Console()
+    home, ledger, recipe = session.home, session.ledger, session.recipe
+    with ray_cluster(home):
+        snapshot_id = options.training_snapshot
+        if snapshot_id is None:
+            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
+            row = prepare(home, ledger, recipe, pairs.snapshot_id)
+            print_summary(console, row)
+            snapshot_id = row.snapshot_id
+        run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
+        result = train(home, ledger, recipe, snapshot_id, run_id=run_id)
+    print_learning(console, result.learning)
+    console.print(
+        f"run {result.run_id}: {result.steps} steps, model [bold]{result.model.model_id}[/bold]", highlight=False
+    )
+    return 0
+
+
+def main() -> int:
+    """Run the job."""
+    return run_job("train", _body, arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

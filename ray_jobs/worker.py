@@ -1,0 +1,210 @@
+"""What runs on each train worker: one stream of rows, the loop of `app.training`, checkpoints, the export.
+
+One Ray Data execution feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank takes its share,
+so storage is read once and world size changes nothing about which rows make a step. The function lives in a module of
+its own because a train function of `__main__` does not pickle.
+"""
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.config import TrainSection
+from app.errors import DataError
+from app.models import load_model
+from app.schemas import Split
+from app.storage import Home, write_atomically
+from app.training.batch import step_groups
+from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.loop import PairMeasure, SingleWorker, Workers, check_step_zero, make_optimizer, measure, optimise
+from app.training.objectives import dpo
+from app.training.policy import build_policy, merged_model
+from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
+from app.training.tokenization import Group
+
+SHUFFLE_WINDOW = 4096
+RESULT = "result.json"
+EXPORT = "export"
+_READ_BATCH = 256
+_STEP_ZERO_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """All that a train worker needs to know; plain values, so that it pickles small."""
+
+    home_uri: str
+    identity: RunIdentity
+    start_model_id: str
+    policy_is_reference: bool
+    section: TrainSection
+    files: tuple[TrainFile, ...]
+    total_steps: int
+    threads: int
+
+    def home(self) -> Home:
+        """The home that holds the snapshot, the models and the run."""
+        return Home.at(self.home_uri)
+
+
+class DistributedWorkers:
+    """The ranks of a torch process group."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place."""
+        dist.all_reduce(tensor)
+
+    def gather(self, rows: list[PairMeasure]) -> list[PairMeasure]:
+        """Return the rows of all ranks."""
+        parts: list[list[PairMeasure]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0."""
+    task: TrainTask = settings["task"]
+    torch.set_num_threads(task.threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    workers: Workers = DistributedWorkers() if dist.is_initialized() and dist.get_world_size() > 1 else SingleWorker()
+    home, section = task.home(), task.section
+    # Full fine-tuning keeps fp32 master weights; a frozen base may lie in the compute type.
+    start = load_model(home, task.start_model_id, dtype="float32" if section.adapter == "full" else section.dtype)
+    policy = build_policy(start, section).to(device)
+    optimizer = make_optimizer(policy, section)
+    objective = functools.partial(dpo, beta=section.beta, label_smoothing=section.label_smoothing)
+    snapshot = home.artifact("training", task.identity.snapshot_id)
+
+    held_out = read_groups(snapshot, Split.HELD_OUT)
+    done, skipped = load_newest(home, task.identity, policy, optimizer)
+    measured = functools.partial(measure, objective=objective, section=section, workers=workers)
+    if not done and task.policy_is_reference:
+        check_step_zero(policy, (held_out or _first_groups(task))[:_STEP_ZERO_GROUPS], section=section)
+    for note in skipped:
+        ray.train.report({"note": note})
+
+    steps = _shared_steps(task, workers, skip=done)
+    for report in optimise(
+        policy,
+        steps,
+        objective=objective,
+        optimizer=optimizer,
+        section=section,
+        total_steps=task.total_steps,
+        done_steps=done,
+        workers=workers,
+    ):
+        metrics = asdict(report)
+        last = report.step == task.total_steps
+        if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
+            metrics |= _summary(measured(policy, held_out))
+        if report.step % section.checkpoint_every == 0 or last:
+            if workers.rank == 0:
+                save_checkpoint(home, task.identity, policy, optimizer, step=report.step)
+            _barrier(workers)
+        ray.train.report(metrics)
+
+    measures = measured(policy, held_out) if held_out else []
+    if workers.rank == 0:
+        _export(task, policy, start.tokenizer, measures)
+    _barrier(workers)
+
+
+def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:
+    """Yield the groups of each step, the same on every rank; rank 0 reads, the others listen."""
+    steps = _read_steps(task) if workers.rank == 0 else iter(())
+    for number in range(task.total_steps):
+        step = next(steps, None) if workers.rank == 0 else None
+        if workers.rank == 0 and step is None:
+            msg = f"the stream ended at step {number} of {task.total_steps}"
+            raise DataError(msg)
+        if number < skip:
+            continue
+        shared: list[Any] = [step]
+        if workers.size > 1:
+            dist.broadcast_object_list(shared, src=0)
+        yield shared[0]
+
+
+def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
+    section = task.section
+    iterator = ray.train.get_dataset_shard("train")
+    batches = iterator.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
+    orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(section.epochs)]
+    indices = (file.first + i for order in orders for file in order for i in range(len(file.pair_counts)))
+    groups = _in_order(batches, indices)
+
+    def epochs() -> Iterator[Group]:
+        for epoch, order in enumerate(orders):
+            yield from epoch_stream(groups, order, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
+
+    return step_groups(epochs(), section.batch_pairs)
+
+
+def _in_order(batches: Iterable[pa.Table], indices: Iterator[int]) -> Iterator[Group]:
+    """Yield the groups of a stream and refuse one that is not in the order which was asked for."""
+    for table in batches:
+        for index, group in zip(table["row_index"].to_pylist(), groups_of_table(table), strict=True):
+            wanted = next(indices, None)
+            if index != wanted:
+                msg = f"the stream delivered row {index} where row {wanted} was expected"
+                raise DataError(msg)
+            yield group
+
+
+def _first_groups(task: TrainTask) -> list[Group]:
+    return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
+
+
+def _summary(measures: Sequence[PairMeasure]) -> dict[str, float]:
+    count = max(1, len(measures))
+    return {
+        "held_out_loss": sum(m.loss for m in measures) / count,
+        "held_out_accuracy": sum(m.margin > 0 for m in measures) / count,
+        "held_out_ties": sum(m.margin == 0 for m in measures) / count,
+        "held_out_margin": sum(m.margin for m in measures) / count,
+    }
+
+
+def _export(task: TrainTask, policy: Any, tokenizer: Any, measures: Sequence[PairMeasure]) -> None:
+    home = task.home()
+    artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
+    filesystem = artifact.filesystem
+    if filesystem.exists(artifact.path):
+        filesystem.rm(artifact.path, recursive=True)
+    filesystem.makedirs(artifact.path, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="prefloop-export-") as scratch:
+        model = merged_model(policy)
+        model.set_attn_implementation("sdpa")
+        model.config.use_cache = True
+        if task.section.dtype == "bfloat16":
+            model.bfloat16()
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
+    artifact.write_manifest({"run_id": task.identity.run_id})
+    result = {"measures": [asdict(m) for m in measures], "summary": _summary(measures), "pid": os.getpid()}
+    run = home.artifact("runs", task.identity.run_id)
+    write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
+
+
+def _barrier(workers: Workers) -> None:
+    if workers.size > 1:
+        dist.barrier()

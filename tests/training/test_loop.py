@@ -1,0 +1,209 @@
+"""The loop: what must not change the numbers does not, and what must stop it does."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from app.config import LoraSection, TrainSection
+from app.errors import TrainingError
+from app.models import Lineage, load_model, register_folder
+from app.training.batch import PackedBatch, step_groups
+from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.loop import SingleWorker, check_step_zero, learning_rate_factor, make_optimizer, measure, optimise
+from app.training.objectives import dpo
+from app.training.policy import adapter_off_logps, build_policy, merged_model, trainable
+from app.training.scoring import plain_logps
+from app.training.tokenization import Group, Preference
+
+SECTION = TrainSection(
+    dtype="float32",
+    learning_rate=1e-3,
+    batch_pairs=4,
+    micro_batch_tokens=64,
+    reference="adapter_off",
+    lora=LoraSection(r=4, alpha=8),
+)
+OBJECTIVE = partial(dpo, beta=0.1)
+
+
+def make_groups(count: int) -> list[Group]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda n: tuple(torch.randint(2, 258, (n,), generator=generator).tolist())  # noqa: E731
+    groups = []
+    for i in range(count):
+        responses = tuple(draw(3 + (i + k) % 5) + (1,) for k in range(2 + i % 2))
+        pairs = tuple(Preference(0, k, 1.0, f"{i}-{k}", "import") for k in range(1, len(responses)))
+        groups.append(Group(f"g{i}", f"c{i}", "train", draw(4 + i % 7), responses, pairs))
+    return groups
+
+
+@pytest.fixture
+def start(home, ledger, tiny_model, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    row = register_folder(home, ledger, folder, name="tiny", lineage=Lineage(kind="sft"))
+    return partial(load_model, home, row.model_id, dtype="float32")
+
+
+def run(start, section, groups, *, optimizer=None, steps=None):
+    policy = build_policy(start(), section)
+    reports = list(
+        optimise(
+            policy,
+            steps or list(step_groups(groups, section.batch_pairs)),
+            objective=OBJECTIVE,
+            optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section),
+            section=section,
+            total_steps=20,
+            workers=SingleWorker(),
+        )
+    )
+    return policy, reports
+
+
+def sgd(policy):
+    return torch.optim.SGD(trainable(policy).values(), lr=1e-2)
+
+
+def test_the_first_loss_is_ln_2(start):
+    _, reports = run(start, SECTION, make_groups(4))
+    assert reports[0].loss == pytest.approx(math.log(2), abs=1e-5)
+    assert reports[0].reward_ties == 1.0
+
+
+def test_training_raises_the_margin_of_what_it_trains_on(start):
+    groups = make_groups(3)
+    section = SECTION.model_copy(update={"learning_rate": 2e-2, "warmup_ratio": 0.0})
+    _, reports = run(start, section, groups, steps=[groups] * 20)
+    assert reports[-1].loss < 0.6 < reports[0].loss
+    assert reports[-1].reward_accuracy == 1.0
+
+
+def test_token_budget_and_order_inside_a_step_do_not_change_the_gradient(start):
+    groups = make_groups(6)
+    one, _ = run(start, SECTION, groups, optimizer=sgd, steps=[groups])
+    small = SECTION.model_copy(update={"micro_batch_tokens": 16})
+    other, _ = run(start, small, groups, optimizer=sgd, steps=[groups[::-1]])
+    for (name, a), b in zip(trainable(one).items(), trainable(other).values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
+
+
+def test_precomputed_and_adapter_off_references_train_the_same(start):
+    groups = make_groups(6)
+    policy = build_policy(start(), SECTION)
+    logps = adapter_off_logps(policy, PackedBatch.pack(groups)).double().tolist()
+    scored = []
+    for group in groups:
+        count = len(group.responses)
+        scored.append(replace(group, reference_logps=tuple(logps[:count])))
+        logps = logps[count:]
+    precomputed = SECTION.model_copy(update={"reference": "precomputed"})
+    one, first = run(start, SECTION, groups, optimizer=sgd)
+    other, second = run(start, precomputed, scored, optimizer=sgd)
+    assert [r.loss for r in first] == pytest.approx([r.loss for r in second], rel=1e-6)
+    for a, b in zip(trainable(one).values(), trainable(other).values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
+    steps = list(step_groups(make_groups(12), 4))
+    assert len(steps) >= 4
+    whole, _ = run(start, SECTION, [], steps=steps)
+    identity = RunIdentity("run", "snapshot", "digest", "recipe")
+    policy = build_policy(start(), SECTION)
+    optimizer = make_optimizer(policy, SECTION)
+    common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": SingleWorker()}
+    for report in optimise(policy, steps[:2], optimizer=optimizer, **common):
+        save_checkpoint(home, identity, policy, optimizer, step=report.step)
+    resumed = build_policy(start(), SECTION)
+    fresh = make_optimizer(resumed, SECTION)
+    done, skipped = load_newest(home, identity, resumed, fresh)
+    assert (done, skipped) == (2, [])
+    list(optimise(resumed, steps[2:], optimizer=fresh, done_steps=2, **common))
+    for a, b in zip(trainable(whole).values(), trainable(resumed).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
+    identity = RunIdentity("run", "snapshot", "digest", "recipe")
+    policy = build_policy(start(), SECTION)
+    optimizer = make_optimizer(policy, SECTION)
+    steps = list(step_groups(make_groups(6), 2))[:2]
+    for report in optimise(
+        policy, steps, objective=OBJECTIVE, optimizer=optimizer, section=SECTION, total_steps=9, workers=SingleWorker()
+    ):
+        save_checkpoint(home, identity, policy, optimizer, step=report.step)
+    state = home.local("runs", "run", "checkpoints", "step-00000002", "state.safetensors")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(bytes(content))
+    done, skipped = load_newest(home, identity, policy, optimizer)
+    assert done == 1
+    assert "step-00000002 skipped" in skipped[0]
+
+
+def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
+    identity = RunIdentity("run", "snapshot", "digest", "recipe")
+    policy = build_policy(start(), SECTION)
+    optimizer = make_optimizer(policy, SECTION)
+    save_checkpoint(home, identity, policy, optimizer, step=1)
+    with pytest.raises(TrainingError, match="checkpoints of another snapshot_id"):
+        load_newest(home, replace(identity, snapshot_id="other"), policy, optimizer)
+
+
+def test_a_non_finite_loss_makes_no_update_and_names_the_pairs(start):
+    groups = [replace(g, reference_logps=(math.nan,) * len(g.responses)) for g in make_groups(2)]
+    section = SECTION.model_copy(update={"reference": "precomputed"})
+    policy = build_policy(start(), section)
+    before = {n: p.detach().clone() for n, p in trainable(policy).items()}
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*Pairs of the step: 0-1"):
+        list(
+            optimise(
+                policy,
+                [groups],
+                objective=OBJECTIVE,
+                optimizer=make_optimizer(policy, section),
+                section=section,
+                total_steps=1,
+                workers=SingleWorker(),
+            )
+        )
+    assert all(torch.equal(before[n], p) for n, p in trainable(policy).items())
+
+
+def test_reference_scores_of_another_model_are_refused_before_the_first_step(start):
+    groups = [replace(g, reference_logps=(-1.0,) * len(g.responses)) for g in make_groups(2)]
+    section = SECTION.model_copy(update={"reference": "precomputed"})
+    with pytest.raises(TrainingError, match="not the same model"):
+        check_step_zero(build_policy(start(), section), groups, section=section)
+
+
+def test_the_merged_model_scores_like_the_policy(start):
+    groups = make_groups(4)
+    section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0})
+    policy, _ = run(start, section, groups, steps=[groups] * 5)
+    with torch.no_grad():
+        expected = policy(PackedBatch.pack(groups)).logps
+        base = plain_logps(start().model, groups)
+        merged = plain_logps(merged_model(policy), groups)
+    assert torch.allclose(merged, expected, atol=1e-4)
+    assert (expected - base).abs().max() > 0.1
+
+
+def test_held_out_pairs_are_all_measured(start):
+    groups = make_groups(5)
+    policy = build_policy(start(), SECTION)
+    rows = measure(policy, groups, objective=OBJECTIVE, section=SECTION, workers=SingleWorker())
+    assert sorted(r.pair_id for r in rows) == sorted(p.pair_id for g in groups for p in g.pairs)
+    assert all(r.margin == 0 for r in rows)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    factor = partial(learning_rate_factor, total_steps=10, warmup_ratio=0.2, schedule="linear")
+    assert [factor(i) for i in range(3)] == [0.5, 1.0, 1.0]
+    assert factor(9) == pytest.approx(1 / 8)
+    assert learning_rate_factor(6, total_steps=10, warmup_ratio=0.2, schedule="cosine") == pytest.approx(0.5)
