@@ -7,6 +7,7 @@ recipe at once, with the near miss.
 
 import difflib
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,26 @@ class PairSection(Section):
     max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
     min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
     held_out_fraction: float = Field(0.1, gt=0, lt=0.9, description="Share of prompt clusters held out.")
+    since: datetime | None = Field(None, description="Only events from this time on; default: all.")
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity that joins prompts.")
     thumb_margin: int = Field(2, ge=1, description="Votes by which a disputed thumb must win.")
     edit_cosmetic_similarity: float = Field(0.98, gt=0, le=1, description="Edits at least this similar are cosmetic.")
     edit_rewrite_similarity: float = Field(0.30, ge=0, lt=1, description="Edits less similar than this are rewrites.")
+
+
+class CollectSection(Section):
+    """A *simulated* audience that stands for end users; its feedback is labelled as simulated everywhere."""
+
+    audience: Literal["style", "random"] = Field("style", description="`random` gives feedback without meaning.")
+    style: str = Field(..., description="JSON of the audience's style: name, rules, edits.")
+    prompts: str = Field(..., description="JSONL of the prompts that it asks (`prompt`).")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the answers it asks for.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the answers it asks for.")
+    max_tokens: int = Field(96, ge=1, description="Token limit of an answer; cut answers are not judged.")
+    max_prompts: int | None = Field(None, ge=1, description="Use the first N prompts.")
+    concurrency: int = Field(16, ge=1, description="Requests in flight.")
+    seed: int = Field(0, ge=0, description="Seed of what it asks, regenerates, compares and edits.")
+    switch_requests: int = Field(100, ge=0, description="Requests sent across the switch to a new champion.")
 
 
 class PrepareSection(Section):
@@ -125,6 +142,12 @@ class GateSection(Section):
     repetition_rise_max: float = Field(0.10, ge=0, description="Share of looping answers may rise by this much.")
     perplexity_ratio_max: float = Field(1.25, gt=0, description="Perplexity on neutral text against the champion.")
     distinct_ratio_min: float = Field(0.5, ge=0, description="Distinct answers against the champion's, at least.")
+    relevance_ratio_min: float = Field(
+        0.5, ge=0, description="Relevance to the prompts against the champion's, at least."
+    )
+    reward_accuracy_over: float | None = Field(
+        0.5, ge=0, lt=1, description="Lower bound of held-out reward accuracy must exceed this; null: not asked."
+    )
 
 
 class EvaluateSection(Section):
@@ -164,6 +187,7 @@ class Recipe(Section):
 
     name: str = Field(..., pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Names runs and models.")
     model: ModelSection = ModelSection()
+    collect: CollectSection | None = Field(None, description="Simulated audience; without it real users are awaited.")
     pairs: PairSection = PairSection()
     prepare: PrepareSection = PrepareSection()
     train: TrainSection = TrainSection()

@@ -39,6 +39,7 @@ HOME_VARIABLE = "PREFLOOP_HOME"
 LEDGER_VARIABLE = "PREFLOOP_LEDGER"
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_RAY_WORKING_DIRECTORY = "working_dir_files"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,13 @@ class Home:
 
     @classmethod
     def from_environment(cls) -> "Home":
-        """Return `PREFLOOP_HOME`, or `.prefloop` of the working directory, made absolute."""
-        return cls.at(os.environ.get(HOME_VARIABLE) or ".prefloop")
+        """Return `PREFLOOP_HOME`, or `.prefloop` of the working directory, made absolute.
+
+        Ray runs a job in a temporary copy of its working directory, which is no place for a state: there the default
+        is `~/.prefloop`.
+        """
+        in_job = _RAY_WORKING_DIRECTORY in Path.cwd().parts
+        return cls.at(os.environ.get(HOME_VARIABLE) or ("~/.prefloop" if in_job else ".prefloop"))
 
     @classmethod
     def at(cls, place: str | Path) -> "Home":

@@ -1,0 +1,195 @@
+"""`prefloop …`: the command line. It starts jobs and services as child processes and imports none of them.
+
+Exit codes: 0 done or shipped, 3 the gate holds, 130 interrupted, 2 wrong usage, 1 any other error.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import Interrupted, PrefloopError
+from app.storage import HOME_VARIABLE, Home
+
+cli = typer.Typer(
+    name="prefloop",
+    help="Close the preference loop on Ray: collect feedback, build pairs, train, evaluate, ship, collect again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
+Actor = Annotated[str, typer.Option(help="Who acts, for the audit log.")]
+_DEMO_RECIPE = Path("recipes/demo_only.yaml")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        cli()
+    except PrefloopError as error:
+        Console(stderr=True).print(f"prefloop: {error}", highlight=False, markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("prefloop: interrupted; what was acknowledged is kept", highlight=False)
+        sys.exit(Interrupted.exit_code)
+
+
+@cli.command()
+def demo(
+    audience: Annotated[str, typer.Option(help="`style`, or `random` for thumbs without meaning.")] = "style",
+    style: Annotated[Path | None, typer.Option(help="JSON of another house style.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of other prompts (`prompt`).")] = None,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the demo.")] = _DEMO_RECIPE,
+    overrides: Overrides = [],  # noqa: B006  typer reads the default
+) -> None:
+    """Run the whole loop once on the embedded model, with a simulated audience."""
+    from app.demo.runner import run_demo
+
+    raise typer.Exit(
+        run_demo(_home(), recipe=recipe, audience=audience, style=style, prompts=prompts, overrides=overrides)
+    )
+
+
+@cli.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="Parquet, JSONL or JSON files, also gzipped.")],
+    to: Annotated[str, typer.Option("--to", help="Name of the pair snapshot.")],
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose `pairs` section rules the import.")] = None,
+) -> None:
+    """Bring preference or instruction data in as a pair snapshot."""
+    from app.config import PairSection, load_recipe
+    from app.ledger import Ledger
+    from app.preferences.imports import import_files, print_import
+
+    home = _home()
+    section = load_recipe(recipe).pairs if recipe else PairSection()
+    snapshot, report = import_files(home, Ledger.open(home.ledger_url), files, name=to, section=section)
+    print_import(Console(), snapshot, report)
+
+
+@cli.command("build-pairs")
+def build_pairs(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Turn the feedback of the ledger into a pair snapshot."""
+    _job("ray_jobs.build_pairs", recipe, overrides)
+
+
+@cli.command()
+def prepare(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Tokenise a pair snapshot and score the frozen reference."""
+    _job("ray_jobs.prepare", recipe, overrides)
+
+
+@cli.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    run: Annotated[str | None, typer.Option(help="Run id; an existing one continues.")] = None,
+) -> None:
+    """Train the policy against the frozen reference and say whether it learned."""
+    _job("ray_jobs.train", recipe, overrides, *(("--run", run) if run else ()))
+
+
+@cli.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    model: Annotated[str | None, typer.Option(help="Model id; default: the newest.")] = None,
+) -> None:
+    """Measure a candidate and let the gate decide; exit code 3 is HOLD."""
+    _job("ray_jobs.evaluate", recipe, overrides, *(("--model", model) if model else ()))
+
+
+@cli.command()
+def ship(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    model: Annotated[str | None, typer.Option(help="Model id; default: the newest evaluated.")] = None,
+    actor: Actor = "cli",
+) -> None:
+    """Make a model with verdict SHIP the champion, without dropping a request."""
+    _job("ray_jobs.ship", recipe, overrides, "--actor", actor, *(("--model", model) if model else ()))
+
+
+@cli.command()
+def rollback(recipe: RecipePath, overrides: Overrides = [], actor: Actor = "cli") -> None:  # noqa: B006
+    """Put the previous champion back."""
+    _job("ray_jobs.ship", recipe, overrides, "--rollback", "--actor", actor)
+
+
+@cli.command()
+def loop(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run every step from feedback to ship; continues where it was interrupted."""
+    _job("ray_jobs.loop", recipe, overrides)
+
+
+@cli.command()
+def serve(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    detach: Annotated[bool, typer.Option("--detach", help="Return when healthy and leave it running.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop what --detach left running.")] = False,
+) -> None:
+    """Serve the champion behind the gateway and collect feedback."""
+    flags = [*(["--detach"] if detach else []), *(["--stop"] if stop else [])]
+    _job("serving.deploy", recipe, overrides, *flags)
+
+
+@cli.command()
+def dashboard(
+    recipe: RecipePath,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8501,
+) -> None:
+    """See the loop, judge answers, ship and roll back in a browser."""
+    _run([sys.executable, "-m", "dashboard.launch", str(recipe), "--port", str(port)])
+
+
+@cli.command()
+def status() -> None:
+    """Show the champion, the service, and the newest snapshots, runs and verdicts."""
+    from app.ledger import Ledger
+    from app.status import read_status
+
+    home = _home()
+    console = Console()
+    for title, columns, rows in read_status(home, Ledger.open(home.ledger_url)):
+        table = Table(*columns, title=title, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _home() -> Home:
+    return Home.from_environment()
+
+
+def _job(module: str, recipe: Path, overrides: Sequence[str], *arguments: str) -> None:
+    settings = [part for override in overrides for part in ("--set", override)]
+    _run([sys.executable, "-m", module, str(recipe), *settings, *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a child with the home made absolute, and leave with its exit code; Ctrl-C reaches the child first."""
+    environment = {**os.environ, HOME_VARIABLE: _home().uri}
+    with subprocess.Popen(list(command), env=environment) as child:
+        previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                try:
+                    code = child.wait()
+                    break
+                except KeyboardInterrupt:
+                    continue  # the terminal sent it to the child too, which unwinds on its own
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    raise typer.Exit(Interrupted.exit_code if code == -signal.SIGINT else abs(code))

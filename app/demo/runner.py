@@ -1,0 +1,217 @@
+"""The demo: one round of the loop on the embedded model with a simulated audience, and a report in words.
+
+It uses what a user has: the service and the loop as child processes, the ledger to read what came of it. Run again it
+makes another round on top; interrupted it continues at the stage it was in.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from rich.console import Console
+
+from app.config import Recipe, load_recipe
+from app.errors import HOLD_EXIT_CODE, Interrupted, RecipeError
+from app.evaluation.prompts import Prompt, load_prompts, split_prompts
+from app.ledger import EvaluationRow, FeedbackRow, Ledger, ResponseRow, RunRow
+from app.schemas import content_hash
+from app.services import Services
+from app.storage import HOME_VARIABLE, Home, write_atomically
+
+REPORT = "report.json"
+_HELD_OUT_PROMPTS = 130
+_MIN_TRAIN_PROMPTS = 60
+
+
+def run_demo(
+    home: Home,
+    *,
+    recipe: Path,
+    audience: str,
+    style: Path | None,
+    prompts: Path | None,
+    overrides: Sequence[str],
+) -> int:
+    """Run one round and write `demo/report.json`; returns 0 = shipped, 3 = HOLD, others = errors.
+
+    Raises:
+        PrefloopError: an option, a style or a prompt file is wrong; nothing was started then.
+    """
+    console = Console()
+    if audience not in ("style", "random"):
+        msg = f"no audience `{audience}`\n\nHint: --audience is `style` or `random`."
+        raise RecipeError(msg)
+    settings = [*overrides, f"collect.audience={audience}", *_outside(home, style, prompts)]
+    loaded = load_recipe(recipe, settings)
+    print_overrides(console, recipe, loaded)
+    began = time.time()
+    had_service = _running(home)
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    try:
+        code = _child([sys.executable, "-m", "ray_jobs.loop", str(recipe), *arguments], home)
+    finally:
+        if not had_service:
+            _child([sys.executable, "-m", "serving.deploy", str(recipe), *arguments, "--stop"], home)
+    if code not in (0, HOLD_EXIT_CODE):
+        console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
+        return code
+    ledger = Ledger.open(home.ledger_url)
+    report = make_report(ledger, loaded.name, seconds=time.time() - began)
+    path = home.local("demo", REPORT)
+    write_atomically(home.filesystem, str(path), json.dumps(report, indent=1).encode())
+    print_closing(console, report, path, recipe)
+    return code
+
+
+def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str, Any]:
+    """Collect the figures of the newest finished round from the ledger."""
+    with ledger.read() as session:
+        newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
+        run = next(row for row in session.scalars(newest) if row.recipe["name"] == recipe_name)
+        stages: dict[str, Any] = run.metrics["stages"]
+        evaluation = session.get_one(EvaluationRow, stages["evaluate"]["evaluation"])
+        kinds = session.execute(
+            sa.select(FeedbackRow.kind, sa.func.count())
+            .where(FeedbackRow.created_at >= run.created_at)
+            .group_by(FeedbackRow.kind)
+        ).all()
+        responses = session.scalar(
+            sa.select(sa.func.count()).select_from(ResponseRow).where(ResponseRow.created_at >= run.created_at)
+        )
+    shipped = stages.get("ship", {})
+    before = stages["serve"]["champion"]
+    figures = evaluation.report["figures"]
+    return {
+        "seconds": {"total": round(seconds, 1), **{k: round(v, 1) for k, v in run.metrics["seconds"].items()}},
+        "run": run.run_id,
+        "simulated_audience": run.recipe["collect"]["audience"],
+        "responses": responses,
+        "feedback_events": {kind: count for kind, count in kinds},  # noqa: C416  rows are not tuples to dict()
+        "pairs": stages["build_pairs"]["by_source"],
+        "dropped": stages["build_pairs"]["dropped"],
+        "train_steps": stages["train"]["steps"],
+        "reward_accuracy": stages["train"]["reward_accuracy"],
+        **{key: figures[key] for key in ("win_rate", "ci_low", "ci_high", "n_prompts", "length_ratio", "golden")},
+        "verdict": evaluation.verdict,
+        "reasons": [rule["reason"] for rule in evaluation.report["rules"] if not rule["passed"]],
+        "champion_before": before,
+        "champion_after": stages["train"]["model"] if shipped else before,
+        "requests_during_switch": shipped.get("requests_during_switch", 0),
+        "failed_requests": shipped.get("failed_requests", 0),
+        "streams_across_switch": shipped.get("streams_across_switch", 0),
+        "models_seen": shipped.get("models_seen", {}),
+    }
+
+
+def print_overrides(console: Console, path: Path, recipe: Recipe) -> None:
+    """Say which defaults the recipe overrides, with the comment beside each."""
+    console.print(f"recipe {path}: values that differ from the defaults", highlight=False)
+    comments = _comments(path)
+    for place, value, default in _differences(recipe.model_dump(mode="json")):
+        why = comments.get(place.rsplit(".", 1)[-1], "")
+        console.print(
+            f"  {place} = {value!r} (default {default!r}){'  ' + why if why else ''}", highlight=False, markup=False
+        )
+
+
+def print_closing(console: Console, report: Mapping[str, Any], path: Path, recipe: Path) -> None:
+    """Say what happened, what to open and what to do next."""
+    pairs = sum(report["pairs"].values())
+    events = sum(report["feedback_events"].values())
+    win = f"{report['win_rate']:.0%} [{report['ci_low']:.0%}, {report['ci_high']:.0%}] on {report['n_prompts']} prompts"
+    console.rule(f"{report['verdict']}")
+    console.print(
+        f"A SIMULATED audience ({report['simulated_audience']}) saw {report['responses']} answers and gave {events} "
+        f"judgements, which made {pairs} pairs. DPO took {report['train_steps']} steps; held-out reward accuracy "
+        f"{report['reward_accuracy'] or 0:.0%}. The new model wins {win} against the champion "
+        f"(length ratio {report['length_ratio']:.2f}).",
+        highlight=False,
+    )
+    if report["verdict"] == "SHIP":
+        console.print(
+            f"{report['champion_before']} was replaced by {report['champion_after']} under "
+            f"{report['requests_during_switch']} requests, of which {report['failed_requests']} failed.",
+            highlight=False,
+        )
+    else:
+        console.print(f"Nothing was shipped; {report['champion_before']} stays:", highlight=False)
+        for reason in report["reasons"]:
+            console.print(f"  - {reason}", highlight=False, markup=False)
+    console.print(
+        f"Report: {path}\n"
+        f"Open:   .venv/bin/prefloop serve {recipe}, and beside it .venv/bin/prefloop dashboard {recipe}\n"
+        f"Next:   make demo again for a second round on top; .venv/bin/prefloop status; "
+        f".venv/bin/prefloop rollback {recipe}",
+        highlight=False,
+    )
+
+
+def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
+    settings = []
+    if style is not None:
+        settings += [
+            f"collect.style={json.dumps(str(style.resolve()))}",
+            f"evaluate.judge_rules={json.dumps(str(style.resolve()))}",
+        ]
+    if prompts is not None:
+        found = load_prompts(str(prompts))
+        split = split_prompts(found.prompts, held_out=_HELD_OUT_PROMPTS, min_train=_MIN_TRAIN_PROMPTS, seed=0)
+        folder = home.local("demo", "prompts", content_hash([p.text for p in found.prompts])[:12])
+        for name, part in (("collect", split.train), ("evaluate", split.held_out)):
+            path = folder / f"{name}.jsonl"
+            write_atomically(home.filesystem, str(path), _jsonl(part))
+            settings.append(f"{name}.prompts={json.dumps(str(path))}")
+    return settings
+
+
+def _jsonl(prompts: Sequence[Prompt]) -> bytes:
+    rows = ({"id": p.id, "prompt": p.text, "cluster": p.cluster} for p in prompts)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _running(home: Home) -> bool:
+    services = Services.read(home)
+    return services is not None and services.healthy()
+
+
+def _child(command: Sequence[str], home: Home) -> int:
+    with subprocess.Popen(list(command), env={**os.environ, HOME_VARIABLE: home.uri}) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # the terminal sent Ctrl-C to the child too
+            raise Interrupted from None
+
+
+def _differences(tree: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+
+    def walk(node: Mapping[str, Any], model: Any, place: str) -> None:
+        for name, field in model.model_fields.items():
+            value, where = node.get(name), f"{place}.{name}" if place else name
+            nested = [
+                a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")
+            ]
+            if nested and isinstance(value, Mapping):
+                walk(value, nested[0], where)
+            elif not field.is_required() and value != _plain(field.get_default()):
+                found.append((where, value, _plain(field.get_default())))
+
+    walk(tree, Recipe, "")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _comments(path: Path) -> dict[str, str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    parts = (line.partition("#") for line in lines if ":" in line and "#" in line)
+    return {before.split(":")[0].strip(): comment.strip() for before, _, comment in parts if before}

@@ -1,0 +1,203 @@
+"""Greedy answers and perplexity of models, each model in a Ray actor of its own; what was generated once is kept.
+
+Answers are an artifact keyed by weights, prompts, token limit, batch size and compute type, so the SFT model and the
+champion answer a prompt set once, not in every round. Batches are made by prompt length, the same way every time. This
+module does not know what the answers are for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+
+from app.evaluation.perplexity import WINDOW, perplexity
+from app.evaluation.prompts import Prompt
+from app.evaluation.suites import ANSWER_SCHEMA, Answer
+from app.generation import GenerationRequest, generate
+from app.ledger import ModelRow
+from app.models import load_model, render_prompt
+from app.schemas import Message, content_hash
+from app.storage import Artifact, Home
+
+_ROWS_PER_FILE = 4096
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated; greedy."""
+
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one model's actor asks of the cluster."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one model is asked for: answers to sets of prompts, and perplexity on a text."""
+
+    model: ModelRow
+    prompt_sets: tuple[tuple[Prompt, ...], ...]
+    neutral_text: str | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model gave, in the order it was asked."""
+
+    answers: tuple[tuple[Answer, ...], ...]
+    perplexity: float | None
+    artifacts: tuple[str, ...]
+
+
+class ModelActor:
+    """Holds one model in a process of its own."""
+
+    def __init__(self, home_uri: str, model_id: str, dtype: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._loaded = load_model(Home.at(home_uri), model_id, dtype=dtype)
+        if torch.cuda.is_available():
+            self._loaded.model.to("cuda")  # type: ignore[arg-type]
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch greedily."""
+        requests = [
+            GenerationRequest(
+                prompt_ids=tuple(render_prompt(self._loaded.tokenizer, [Message("user", prompt.text)], None)),
+                temperature=0.0,
+                top_p=1.0,
+                max_tokens=max_new_tokens,
+                seed=0,
+            )
+            for prompt in prompts
+        ]
+        return [
+            Answer(p.id, p.cluster, c.text, str(c.finish_reason), len(c.token_ids), self._loaded.model_id)
+            for p, c in zip(prompts, generate(self._loaded, requests), strict=True)
+        ]
+
+    def perplexity(self, text: str) -> float:
+        """Return the perplexity on a text."""
+        return perplexity(self._loaded, text)
+
+
+def gather(
+    home: Home,
+    wanted: Sequence[Wanted],
+    *,
+    decoding: Decoding,
+    resources: Resources,
+    on_progress: Callable[[str, int, int], None],
+) -> list[Given]:
+    """Return what the models say; only what is not kept from before is generated.
+
+    Args:
+        home: where models lie and answers are kept.
+        wanted: one entry for each model.
+        decoding: token limit, batch size, compute type.
+        resources: of one model's actor. Models run side by side where the cluster has room, else one after another.
+        on_progress: called with model id, answers done and answers to generate.
+    """
+    works = [_Work(home, entry, decoding) for entry in wanted]
+    running: dict[Any, _Work] = {}
+    for work in works:
+        for reference in work.start(resources):
+            running[reference] = work
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        work = running.pop(ready)
+        done, total = work.take(ready, ray.get(ready))
+        on_progress(work.wanted.model.model_id, done, total)
+    return [work.given() for work in works]
+
+
+class _Work:
+    def __init__(self, home: Home, wanted: Wanted, decoding: Decoding) -> None:
+        self.home = home
+        self.wanted = wanted
+        self.decoding = decoding
+        self.artifacts = [self._answers_artifact(prompts) for prompts in wanted.prompt_sets]
+        self.scored = self._perplexity_artifact()
+        self.fresh: dict[int, dict[str, Answer]] = {}
+        self.tasks: dict[Any, int | None] = {}
+        self.done = self.total = 0
+        self.actor: Any = None
+
+    def start(self, resources: Resources) -> list[Any]:
+        missing = [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
+        unscored = self.scored is not None and not self.scored.exists()
+        if not missing and not unscored:
+            return []
+        self.actor = (
+            ray.remote(ModelActor)
+            .options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=2, max_task_retries=2)
+            .remote(self.home.uri, self.wanted.model.model_id, self.decoding.dtype, resources.threads)
+        )
+        for i in missing:
+            self.fresh[i] = {}
+            self.total += len(self.wanted.prompt_sets[i])
+            by_length = sorted(self.wanted.prompt_sets[i], key=lambda p: (len(p.text), p.id))
+            for at in range(0, len(by_length), self.decoding.batch_size):
+                batch = by_length[at : at + self.decoding.batch_size]
+                self.tasks[self.actor.answer.remote(batch, self.decoding.max_new_tokens)] = i
+        if unscored:
+            self.tasks[self.actor.perplexity.remote(self.wanted.neutral_text)] = None
+        return list(self.tasks)
+
+    def take(self, reference: Any, result: Any) -> tuple[int, int]:
+        which = self.tasks.pop(reference)
+        if which is None:
+            assert self.scored is not None  # noqa: S101
+            self.scored.write_manifest(
+                {"kind": "perplexity", "model": self.wanted.model.model_id, "perplexity": result}
+            )
+        else:
+            self.fresh[which].update({answer.prompt_id: answer for answer in result})
+            self.done += len(result)
+            if len(self.fresh[which]) == len(self.wanted.prompt_sets[which]):
+                self._keep(which)
+        if not self.tasks:
+            # Its CPUs are for the next model, which may be waiting for them.
+            ray.kill(self.actor)
+        return self.done, self.total
+
+    def given(self) -> Given:
+        answers = tuple(
+            tuple(Answer(**row) for row in artifact.read_table(ANSWER_SCHEMA).to_pylist())
+            for artifact in self.artifacts
+        )
+        scored = None if self.scored is None else float(self.scored.manifest()["perplexity"])
+        return Given(answers, scored, tuple(artifact.name for artifact in self.artifacts))
+
+    def _keep(self, which: int) -> None:
+        artifact = self.artifacts[which]
+        ordered = [self.fresh[which][prompt.id] for prompt in self.wanted.prompt_sets[which]]
+        artifact.write_rows(map(asdict, ordered), ANSWER_SCHEMA, rows_per_file=_ROWS_PER_FILE)
+        model = self.wanted.model
+        artifact.write_manifest(
+            {"kind": "answers", "model": model.model_id, "digest": model.digest, **asdict(self.decoding)}
+        )
+
+    def _answers_artifact(self, prompts: Sequence[Prompt]) -> Artifact:
+        key = content_hash(
+            ["answers", self.wanted.model.digest, [[p.id, p.cluster, p.text] for p in prompts], asdict(self.decoding)]
+        )
+        return self.home.artifact("answers", key)
+
+    def _perplexity_artifact(self) -> Artifact | None:
+        text = self.wanted.neutral_text
+        if text is None:
+            return None
+        key = content_hash(["perplexity", self.wanted.model.digest, text, self.decoding.dtype, WINDOW])
+        return self.home.artifact("answers", key)

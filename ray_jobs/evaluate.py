@@ -1,0 +1,312 @@
+"""Evaluate: candidate, champion and SFT model on held-out prompts -> measurements -> verdict of the gate.
+
+    python -m ray_jobs.evaluate RECIPE.yaml [--set a.b=c] [--model ID]
+
+The models answer greedily in Ray actors (`ray_jobs.answers`); measuring and deciding is `app.evaluation`. The verdict
+is stored in the ledger, bound to the digest of the weights, and as JSON and Markdown under `evaluations/ID`. The same
+inputs again return the stored verdict. Exit code 3: the gate holds.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import fsspec
+import sqlalchemy as sa
+from rich.console import Console
+
+from app.config import EvaluateSection, Recipe
+from app.errors import HOLD_EXIT_CODE, DataError
+from app.evaluation import suites
+from app.evaluation.gate import Measurements, Sides, decide
+from app.evaluation.prompts import Prompt, load_prompts
+from app.evaluation.ratings import Estimate, Resampling
+from app.evaluation.report import EvaluationReport
+from app.evaluation.rules import Style, load_style
+from app.evaluation.suites import Answer, GoldenCase, RuleJudge
+from app.ledger import EvaluationRow, Ledger, ModelRow, RunRow, now
+from app.models import ensure_sft
+from app.schemas import content_hash
+from app.storage import Home, write_atomically
+from ray_jobs.answers import Decoding, Given, Resources, Wanted, gather
+from ray_jobs.session import Session, ray_cluster, run_job
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What the recipe names to measure on, read before any model is loaded."""
+
+    prompts: tuple[Prompt, ...]
+    style: Style
+    golden: tuple[GoldenCase, ...]
+    neutral_text: str | None
+
+
+def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: str | None) -> EvaluationRow:
+    """Measure a candidate, let the gate decide, and store the verdict.
+
+    Args:
+        home: where models and answers lie.
+        ledger: holds models, the champion and the run's metrics; gets the verdict.
+        recipe: its sections `evaluate`, `serving` (compute type, deployment) and `workers` (resources) are used.
+        model_id: the candidate.
+        run_id: the run that trained it, for the held-out reward accuracy; None where there is none.
+
+    Raises:
+        DataError: prompts, rules, golden cases, neutral text or the model cannot be read.
+        RecipeError: the recipe has no section `evaluate`.
+    """
+    section = recipe.evaluation()
+    material = _read(section)
+    candidate = _model(ledger, model_id)
+    sft = ensure_sft(home, ledger, recipe.model.sft)
+    shipped = ledger.champion(recipe.serving.deployment)
+    champion = sft if shipped is None else _model(ledger, shipped.model_id)
+    accuracy = _reward_accuracy(ledger, run_id)
+    decoding = Decoding(section.max_new_tokens, section.batch_size, recipe.serving.dtype)
+    identity = _identity(candidate, champion, sft, material, section, decoding, accuracy)
+    with ledger.read() as session:
+        known = session.get(EvaluationRow, identity)
+    if known is not None:
+        return known
+    given = _answers(home, recipe, material, decoding, candidate, champion, sft)
+    measurements = _measure(
+        given[candidate.model_id], given[champion.model_id], given[sft.model_id], material, section, accuracy
+    )
+    report = EvaluationReport(
+        evaluation_id=identity,
+        model_id=candidate.model_id,
+        champion_id=champion.model_id,
+        sft_id=sft.model_id,
+        judge=_judge_name(recipe, material.style),
+        prompts=section.prompts,
+        level=section.gate.level,
+        measurements=measurements,
+        verdict=decide(measurements, section.gate),
+    )
+    return _store(home, ledger, report, candidate, run_id, {name: g.artifacts for name, g in given.items()})
+
+
+def _read(section: EvaluateSection) -> _Material:
+    neutral = None
+    if section.neutral_text is not None:
+        try:
+            with fsspec.open(section.neutral_text, "rb") as stream:
+                neutral = stream.read().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"neutral text `{section.neutral_text}` cannot be read: {error}"
+            raise DataError(msg) from None
+    return _Material(
+        prompts=load_prompts(section.prompts).prompts[: section.max_prompts],
+        style=load_style(section.judge_rules),
+        golden=() if section.golden is None else tuple(suites.load_golden(section.golden)),
+        neutral_text=neutral,
+    )
+
+
+def _model(ledger: Ledger, model_id: str) -> ModelRow:
+    with ledger.read() as session:
+        row = session.get(ModelRow, model_id)
+        if row is None:
+            known = session.scalars(sa.select(ModelRow.model_id).order_by(ModelRow.created_at.desc()).limit(5)).all()
+            msg = f"no model `{model_id}` in the ledger\n\nHint: the newest are {', '.join(known) or 'none'}."
+            raise DataError(msg)
+        return row
+
+
+def _reward_accuracy(ledger: Ledger, run_id: str | None) -> Estimate | None:
+    with ledger.read() as session:
+        run = None if run_id is None else session.get(RunRow, run_id)
+    learning = None if run is None else run.metrics.get("learning")
+    if learning is None:
+        return None
+    return Estimate(
+        value=learning["accuracy"],
+        low=learning["low"],
+        high=learning["high"],
+        level=learning["level"],
+        n=learning["pairs"],
+        n_clusters=learning["clusters"],
+        method="bootstrap" if learning["pairs"] else "empty",
+    )
+
+
+def _identity(
+    candidate: ModelRow,
+    champion: ModelRow,
+    sft: ModelRow,
+    material: _Material,
+    section: EvaluateSection,
+    decoding: Decoding,
+    accuracy: Estimate | None,
+) -> str:
+    content = [
+        [candidate.digest, champion.digest, sft.digest],
+        [[p.id, p.cluster, p.text] for p in material.prompts],
+        [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
+        [[g.id, g.prompt, [p.pattern for p in g.must], [p.pattern for p in g.must_not]] for g in material.golden],
+        material.neutral_text,
+        section.gate.model_dump(mode="json"),
+        section.bootstrap_samples,
+        repr(decoding),
+        repr(accuracy),
+    ]
+    return f"evaluation-{content_hash(content)[:16]}"
+
+
+def _answers(
+    home: Home,
+    recipe: Recipe,
+    material: _Material,
+    decoding: Decoding,
+    candidate: ModelRow,
+    champion: ModelRow,
+    sft: ModelRow,
+) -> dict[str, Given]:
+    golden = tuple(Prompt(case.id, case.prompt, case.id) for case in material.golden)
+    models = {row.model_id: row for row in (candidate, champion, sft)}
+    compared = {candidate.model_id, champion.model_id}
+    wanted = [
+        Wanted(
+            model=row,
+            prompt_sets=(material.prompts, golden) if golden and name == candidate.model_id else (material.prompts,),
+            neutral_text=material.neutral_text if name in compared else None,
+        )
+        for name, row in models.items()
+    ]
+    workers = recipe.workers
+    resources = Resources(
+        cpus=workers.cpus_per_worker,
+        gpus=1 if workers.use_gpu else 0,
+        threads=workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+    )
+    given = gather(home, wanted, decoding=decoding, resources=resources, on_progress=_progress(Console()))
+    return dict(zip(models, given, strict=True))
+
+
+def _measure(
+    candidate: Given,
+    champion: Given,
+    sft: Given,
+    material: _Material,
+    section: EvaluateSection,
+    accuracy: Estimate | None,
+) -> Measurements:
+    resampling = Resampling(section.gate.level, section.bootstrap_samples, _SEED)
+    judge = RuleJudge(material.style)
+    texts = {prompt.id: prompt.text for prompt in material.prompts}
+    mine, theirs, base = candidate.answers[0], champion.answers[0], sft.answers[0]
+
+    def both(number: Callable[[tuple[Answer, ...]], float]) -> Sides:
+        return Sides(number(mine), number(theirs))
+
+    return Measurements(
+        over_champion=suites.win_rate(mine, theirs, judge, resampling=resampling),
+        over_sft=suites.win_rate(mine, base, judge, resampling=resampling),
+        length_ratio=suites.length_ratio(mine, theirs, resampling=resampling),
+        finished=both(lambda answers: suites.share_finished(answers, resampling=resampling).value),
+        looping=both(lambda answers: suites.share_looping(answers, resampling=resampling).value),
+        distinct=both(suites.share_distinct),
+        relevance=both(lambda answers: suites.relevance(answers, texts, seed=_SEED)),
+        golden=tuple(suites.check_golden(material.golden, candidate.answers[1])) if material.golden else None,
+        perplexity=None
+        if candidate.perplexity is None or champion.perplexity is None
+        else Sides(candidate.perplexity, champion.perplexity),
+        reward_accuracy=accuracy,
+        n_prompts=len(mine),
+    )
+
+
+def _judge_name(recipe: Recipe, style: Style) -> str:
+    name = f"the rules of style `{style.name}`"
+    if (
+        recipe.collect is not None
+        and recipe.evaluate is not None
+        and recipe.collect.style == recipe.evaluate.judge_rules
+    ):
+        # Not independent of the labels, and the report must say so.
+        name += ", the style that the simulated audience asked for"
+    return name
+
+
+def _store(
+    home: Home,
+    ledger: Ledger,
+    report: EvaluationReport,
+    candidate: ModelRow,
+    run_id: str | None,
+    answers: dict[str, tuple[str, ...]],
+) -> EvaluationRow:
+    content = {**report.as_json(), "answers": {name: list(artifacts) for name, artifacts in answers.items()}}
+    artifact = home.artifact("evaluations", report.evaluation_id)
+    files = {"report.json": json.dumps(content, indent=1, ensure_ascii=False), "report.md": report.as_markdown()}
+    for name, text in files.items():
+        write_atomically(artifact.filesystem, f"{artifact.path}/{name}", text.encode())
+    artifact.write_manifest({"kind": "evaluation", "model": candidate.model_id, "digest": candidate.digest})
+    row = EvaluationRow(
+        evaluation_id=report.evaluation_id,
+        model_id=candidate.model_id,
+        model_digest=candidate.digest,
+        champion_id=report.champion_id,
+        sft_id=report.sft_id,
+        verdict=report.verdict.decision,
+        report=content,
+        run_id=run_id,
+        created_at=now(),
+    )
+    with ledger.write() as session:
+        session.add(row)
+    Console().print(report.as_card())
+    return row
+
+
+def _progress(console: Console) -> Callable[[str, int, int], None]:
+    last: dict[str, int] = {}
+
+    def show(model_id: str, done: int, total: int) -> None:
+        quarter = 4 * done // max(1, total)
+        if quarter != last.get(model_id, 0):
+            last[model_id] = quarter
+            console.print(f"evaluate: {model_id} answered {done} of {total}", highlight=False)
+
+    return show
+
+
+def _newest(ledger: Ledger) -> ModelRow:
+    with ledger.read() as session:
+        row = session.scalar(
+            sa.select(ModelRow).where(ModelRow.kind != "sft").order_by(ModelRow.created_at.desc()).limit(1)
+        )
+    if row is None:
+        msg = "there is no trained model to evaluate\n\nHint: run `prefloop train`, or name one with --model."
+        raise DataError(msg)
+    return row
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="model id of the candidate; default: the newest that was trained")
+
+
+def _body(session: Session, options: argparse.Namespace) -> int:
+    home, ledger, recipe = session.home, session.ledger, session.recipe
+    candidate = _newest(ledger) if options.model is None else _model(ledger, options.model)
+    with ray_cluster(home):
+        row = evaluate(home, ledger, recipe, candidate.model_id, candidate.run_id)
+    Console().print(
+        f"[bold]{row.verdict}[/bold] {row.model_id}: {home.uri}/evaluations/{row.evaluation_id}/report.md",
+        highlight=False,
+    )
+    return 0 if row.verdict == "SHIP" else HOLD_EXIT_CODE
+
+
+def main() -> int:
+    """Run the job."""
+    return run_job("evaluate", _body, arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

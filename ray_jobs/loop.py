@@ -1,0 +1,272 @@
+"""The loop: every step from feedback to ship, in one job that can be interrupted anywhere and continues there.
+
+    python -m ray_jobs.loop RECIPE.yaml [--set a.b=c]
+
+With a section `collect` in the recipe a *simulated* audience first talks to the running service, and simulated traffic
+runs across the switch to a new champion; without it the loop takes what real users left in the ledger. What a finished
+stage made is kept in the run's row, so the same recipe again continues an unfinished run, or begins the next round.
+Exit code 3: the gate holds.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from app.services import Services
+from rich.console import Console
+
+from app.config import Recipe
+from app.demo.audience import run_audience
+from app.demo.traffic import Traffic
+from app.errors import HOLD_EXIT_CODE, PrefloopError, ServiceError, TrainingError
+from app.ledger import EvaluationRow, Ledger, RunRow, now
+from app.models import code_version, ensure_sft
+from app.schemas import content_hash
+from app.storage import HOME_VARIABLE, Home
+from ray_jobs.build_pairs import build_pairs
+from ray_jobs.evaluate import evaluate
+from ray_jobs.prepare import prepare
+from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.ship import ship
+from ray_jobs.train import print_learning, train
+
+STAGES = ("serve", "collect", "build_pairs", "prepare", "train", "evaluate", "ship")
+
+
+class LoopRun:
+    """One round of the loop: its row in the ledger, with what each finished stage made."""
+
+    def __init__(self, ledger: Ledger, run_id: str) -> None:
+        self.ledger = ledger
+        self.run_id = run_id
+
+    @classmethod
+    def open(cls, ledger: Ledger, recipe: Recipe) -> "LoopRun":
+        """Continue the newest unfinished round of this recipe, or begin a new one."""
+        tree = recipe.model_dump(mode="json")
+        with ledger.write() as session:
+            rows = session.scalars(sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.created_at.desc()))
+            last = next((row for row in rows if row.recipe["name"] == recipe.name), None)
+            if last is not None and last.status in ("running", "stopped", "failed"):
+                if content_hash(last.recipe) == content_hash(tree):
+                    last.status, last.attempt, last.updated_at, last.error = "running", last.attempt + 1, now(), None
+                    return cls(ledger, last.run_id)
+                last.status, last.updated_at = "abandoned", now()
+            run_id = f"{recipe.name}-loop-{uuid.uuid4().hex[:8]}"
+            row = RunRow(
+                run_id=run_id,
+                kind="loop",
+                status="running",
+                recipe=tree,
+                metrics={"stages": {}, "seconds": {}, "began": now().isoformat()},
+                attempt=1,
+                code_version=code_version(),
+                created_at=now(),
+                updated_at=now(),
+            )
+            session.add(row)
+        return cls(ledger, run_id)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stages made so far."""
+        with self.ledger.read() as session:
+            return dict(session.get_one(RunRow, self.run_id).metrics)
+
+    @property
+    def began(self) -> datetime:
+        """When the round began: earlier feedback belongs to earlier rounds."""
+        return datetime.fromisoformat(self.metrics["began"])
+
+    def stage(self, name: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a stage unless it is finished; return what it made."""
+        metrics = self.metrics
+        if name in metrics["stages"]:
+            return dict(metrics["stages"][name])
+        self._update(metrics={**metrics, "stage": name})
+        start = time.monotonic()
+        made = body()
+        metrics = self.metrics
+        seconds = {**metrics["seconds"], name: metrics["seconds"].get(name, 0.0) + time.monotonic() - start}
+        self._update(metrics={**metrics, "stages": {**metrics["stages"], name: made}, "seconds": seconds})
+        return made
+
+    def end(self, status: str, *, error: str | None = None, output_model_id: str | None = None) -> None:
+        """Close the round."""
+        self._update(status=status, error=error, output_model_id=output_model_id)
+
+    def _update(self, **values: Any) -> None:
+        with self.ledger.write() as session:
+            row = session.get_one(RunRow, self.run_id)
+            for name, value in values.items():
+                setattr(row, name, value)
+            row.updated_at = now()
+
+
+def run_loop(session: Session, console: Console) -> int:
+    """Run one round and return the exit code."""
+    home, ledger, recipe = session.home, session.ledger, session.recipe
+    run = LoopRun.open(ledger, recipe)
+    console.print(f"round [bold]{run.run_id}[/bold], home {home.uri}", highlight=False)
+    try:
+        verdict = _stages(session, run, console)
+    except KeyboardInterrupt:
+        run.end("stopped", error="interrupted")
+        raise
+    except PrefloopError as error:
+        run.end("failed", error=str(error))
+        raise
+    return 0 if verdict == "SHIP" else HOLD_EXIT_CODE
+
+
+def _stages(session: Session, run: LoopRun, console: Console) -> str:
+    home, ledger, recipe = session.home, session.ledger, session.recipe
+    if recipe.collect is not None:
+        # The service may have gone since an interruption, so it is looked after in every attempt.
+        _ensure_service(session, console)
+        run.stage("serve", lambda: {"champion": _champion_id(home, ledger, recipe)})
+        run.stage("collect", lambda: _collect(session, run, console))
+        recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"since": run.began})})
+    pairs = run.stage("build_pairs", lambda: _made_pairs(home, ledger, recipe))
+    _say(console, "build_pairs", f"{pairs['pairs']} pairs from {pairs['by_source']}")
+    with ray_cluster(home):
+        prepared = run.stage(
+            "prepare", lambda: {"snapshot": prepare(home, ledger, recipe, pairs["snapshot"]).snapshot_id}
+        )
+        _say(console, "prepare", f"training snapshot {prepared['snapshot']}")
+        trained = run.stage("train", lambda: _trained(home, ledger, recipe, prepared["snapshot"], run, console))
+        _say(console, "train", f"{trained['steps']} steps, model {trained['model']}")
+        judged = run.stage("evaluate", lambda: _judged(home, ledger, recipe, trained))
+    _say(console, "evaluate", judged["verdict"])
+    if judged["verdict"] == "SHIP":
+        run.stage("ship", lambda: _shipped(session, trained["model"], console))
+        run.end("succeeded", output_model_id=trained["model"])
+    else:
+        run.end("held", output_model_id=trained["model"])
+    return str(judged["verdict"])
+
+
+def _collect(session: Session, run: LoopRun, console: Console) -> dict[str, Any]:
+    section = session.recipe.collect
+    assert section is not None  # noqa: S101
+    services = _services(session.home)
+    console.print("collect: a SIMULATED audience talks to the service", highlight=False)
+    return run_audience(
+        gateway_url=services.gateway_url,
+        api_key=session.home.api_key(),
+        section=section,
+        round_id=run.run_id,
+        journal=session.home.local("demo", f"{run.run_id}.jsonl"),
+        on_progress=_progress(console, "collect"),
+    )
+
+
+def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
+    row = build_pairs(home, ledger, recipe)
+    return {
+        "snapshot": row.snapshot_id,
+        "pairs": row.manifest["counts"]["by_kind"].get("pair", 0),
+        "by_source": row.manifest["counts"]["by_source"],
+        "dropped": row.manifest["counts"]["dropped"],
+    }
+
+
+def _trained(
+    home: Home, ledger: Ledger, recipe: Recipe, snapshot_id: str, run: LoopRun, console: Console
+) -> dict[str, Any]:
+    result = train(home, ledger, recipe, snapshot_id, run_id=f"{run.run_id}-train")
+    print_learning(console, result.learning)
+    accuracy = result.learning.accuracy if result.learning else None
+    return {
+        "run": result.run_id,
+        "model": result.model.model_id,
+        "steps": result.steps,
+        "reward_accuracy": accuracy,
+        "learned": bool(result.learning and result.learning.learned),
+    }
+
+
+def _judged(home: Home, ledger: Ledger, recipe: Recipe, trained: dict[str, Any]) -> dict[str, Any]:
+    row: EvaluationRow = evaluate(home, ledger, recipe, trained["model"], trained["run"])
+    return {"evaluation": row.evaluation_id, "verdict": row.verdict}
+
+
+def _shipped(session: Session, model_id: str, console: Console) -> dict[str, Any]:
+    home, recipe = session.home, session.recipe
+    services = Services.read(home)
+    if recipe.collect is None or services is None or not recipe.collect.switch_requests:
+        ship(home, session.ledger, recipe, model_id, "loop")
+        return {"requests_during_switch": 0, "failed_requests": 0}
+    console.print("ship: the champion changes under simulated load", highlight=False)
+    traffic = Traffic(services.gateway_url, home.api_key(), recipe.collect)
+    with traffic:
+        traffic.wait_for_answers()
+        ship(home, session.ledger, recipe, model_id, "loop")
+        traffic.wait_for_answers(from_model=model_id)
+    return traffic.report()
+
+
+def _ensure_service(session: Session, console: Console) -> None:
+    services = Services.read(session.home)
+    if services is not None and services.healthy():
+        return
+    console.print("serve: starting the service", highlight=False)
+    settings = [part for override in session.overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", "serving.deploy", session.recipe_path, *settings, "--detach"]
+    code = subprocess.run(command, env={**os.environ, HOME_VARIABLE: session.home.uri}, check=False).returncode
+    if code:
+        msg = f"the service did not start (exit code {code}; its message stands above)"
+        raise ServiceError(msg)
+
+
+def _services(home: Home) -> Services:
+    services = Services.read(home)
+    if services is None:
+        msg = f"no service is recorded under `{home.uri}`\n\nHint: start one with `prefloop serve RECIPE --detach`."
+        raise ServiceError(msg)
+    return services
+
+
+def _champion_id(home: Home, ledger: Ledger, recipe: Recipe) -> str:
+    champion = ledger.champion(recipe.serving.deployment)
+    return champion.model_id if champion else ensure_sft(home, ledger, recipe.model.sft).model_id
+
+
+def _progress(console: Console, name: str) -> Callable[[int, int], None]:
+    last = [-1]
+
+    def show(done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if tenth != last[0]:
+            last[0] = tenth
+            console.print(f"{name}: {done} of {total}", highlight=False)
+
+    return show
+
+
+def _say(console: Console, stage: str, text: str) -> None:
+    console.print(f"{stage}: {text}", highlight=False)
+
+
+def _body(session: Session, options: argparse.Namespace) -> int:
+    del options
+    if session.recipe.evaluate is None:
+        msg = f"recipe `{session.recipe.name}` has no section `evaluate`, so the gate could not decide"
+        raise TrainingError(msg)
+    return run_loop(session, Console())
+
+
+def main() -> int:
+    """Run the job."""
+    return run_job("loop", _body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

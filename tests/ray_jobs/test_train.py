@@ -1,0 +1,203 @@
+"""The train job on a real cluster: two workers equal one process, a killed run equals an unbroken one."""
+
+import math
+import shutil
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import sqlalchemy as sa
+import torch
+from safetensors.torch import load_file
+
+from app.config import parse_recipe
+from app.errors import DataError, TrainingError
+from app.ledger import Ledger, ModelRow, RunRow, RunStepRow
+from app.models import Lineage, load_model, register_folder
+from app.schemas import Split
+from app.storage import Home
+from app.training.batch import PackedBatch, step_groups
+from app.training.loop import SingleWorker, make_optimizer, optimise
+from app.training.objectives import dpo
+from app.training.policy import build_policy
+from app.training.scoring import ScoringModel
+from app.training.snapshots import Binding, epoch_files, epoch_stream, read_groups, train_files, write_training_snapshot
+from app.training.tokenization import Group, Preference
+from ray_jobs.train import train
+from ray_jobs.worker import SHUFFLE_WINDOW
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, tiny_model):
+    """A home with a tiny SFT model and a training snapshot that holds its reference log-probabilities."""
+    home = Home.at(tmp_path_factory.mktemp("train") / "home")
+    ledger = Ledger.open(home.ledger_url)
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model")
+    model = register_folder(
+        home, ledger, folder, name="sft", lineage=Lineage(kind="sft"), source=str(tiny_model.resolve())
+    )
+    loaded = load_model(home, model.model_id, dtype="float32")
+    scorer = ScoringModel(loaded.model)
+    groups = []
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda n: tuple(torch.randint(2, 258, (n,), generator=generator).tolist())  # noqa: E731
+    for i in range(48):
+        responses = tuple(draw(3 + (i + k) % 6) + (1,) for k in range(2 + i % 2))
+        pairs = tuple(Preference(0, k, 1.0, f"{i}-{k}", "import") for k in range(1, len(responses)))
+        split = "held_out" if i >= 40 else "train"
+        group = Group(f"g{i}", f"c{i}", split, draw(4 + i % 9), responses, pairs)
+        with torch.no_grad():
+            logps = tuple(scorer(PackedBatch.pack([group])).logps.double().tolist())
+        groups.append(replace(group, reference_logps=logps))
+    binding = Binding("pairs", loaded.template_digest, 64, "drop", 0, model.digest, "float32")
+    row = write_training_snapshot(home, ledger, groups, binding=binding, counts={}, rows_per_file=12)
+    yield home, ledger, model, row.snapshot_id, str(tiny_model)
+    ledger.close()
+
+
+def recipe_for(sft: str, **train_section):
+    section = {
+        "dtype": "float32",
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        "batch_pairs": 8,
+        "micro_batch_tokens": 64,
+        "checkpoint_every": 3,
+        "lora": {"r": 4, "alpha": 8},
+    }
+    tree = {
+        "name": "tiny",
+        "model": {"sft": sft},
+        "pairs": {"min_pairs": 10},
+        "train": section | train_section,
+        "workers": {"workers": 2, "cpus_per_worker": 1},
+    }
+    return parse_recipe(tree, place="test")
+
+
+def steps_of(ledger: Ledger, run_id: str):
+    with ledger.read() as session:
+        rows = session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == run_id).order_by(RunStepRow.step)).all()
+    return [row.metrics for row in rows]
+
+
+def weights_of(home: Home, model: ModelRow):
+    return load_file(Path(home.artifact("models", model.model_id).path, "model.safetensors"))
+
+
+def one_process(stage, recipe):
+    home, _, model, snapshot_id, _ = stage
+    section = recipe.train
+    policy = build_policy(load_model(home, model.model_id, dtype="float32"), section)
+    artifact = home.artifact("training", snapshot_id)
+    groups = read_groups(artifact, Split.TRAIN)
+    files = train_files(artifact)
+
+    def rows():
+        for epoch in range(section.epochs):
+            ordered = epoch_files(files, seed=section.seed, epoch=epoch)
+            stream = (groups[f.first + i] for f in ordered for i in range(len(f.pair_counts)))
+            yield from epoch_stream(stream, ordered, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
+
+    steps = list(step_groups(rows(), section.batch_pairs))
+    return list(
+        optimise(
+            policy,
+            steps,
+            objective=partial(dpo, beta=section.beta),
+            optimizer=make_optimizer(policy, section),
+            section=section,
+            total_steps=len(steps),
+            workers=SingleWorker(),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    return train(home, ledger, recipe_for(sft), snapshot_id, run_id="unbroken")
+
+
+def test_two_workers_train_like_one_process(unbroken, stage):
+    expected = one_process(stage, recipe_for(stage[4]))
+    found = steps_of(stage[1], "unbroken")
+    assert len(found) == len(expected) >= 10
+    for step, (ours, reference) in enumerate(zip(found, expected, strict=True)):
+        assert ours["loss"] == pytest.approx(reference.loss, rel=1e-5), step
+        assert ours["pairs"] == reference.pairs
+
+
+def test_the_first_loss_is_ln_2_and_the_run_is_recorded(unbroken, stage):
+    home, ledger, model, _, _ = stage
+    assert steps_of(ledger, "unbroken")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    with ledger.read() as session:
+        run = session.get_one(RunRow, "unbroken")
+    assert (run.status, run.start_model_id, run.reference_model_id) == ("succeeded", model.model_id, model.model_id)
+    assert run.output_model_id == unbroken.model.model_id
+    manifest = home.artifact("models", unbroken.model.model_id).verify()
+    assert (manifest["parent"], manifest["run"]) == (model.model_id, "unbroken")
+    assert unbroken.learning.pairs == sum(1 + i % 2 for i in range(40, 48))
+
+
+def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbroken, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    killed = []
+
+    def kill_one_worker():
+        while not killed:
+            time.sleep(0.05)
+            if len(steps_of(ledger, "killed-once")) < 5:
+                continue
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+            ]
+            for process in workers[:1]:
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_one_worker, daemon=True)
+    killer.start()
+    result = train(home, ledger, recipe_for(sft), snapshot_id, run_id="killed-once")
+    assert len(killed) == 1
+    ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_too_few_pairs_are_refused_with_the_number(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft).model_copy(update={"pairs": recipe_for(sft).pairs.model_copy(update={"min_pairs": 500})})
+    with pytest.raises(TrainingError, match="training pairs are fewer than pairs.min_pairs = 500"):
+        train(home, ledger, recipe, snapshot_id, run_id="few")
+
+
+def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft)
+    recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 6})})
+    with pytest.raises(TrainingError, match="need 7.0 CPUs, the cluster has 6"):
+        train(home, ledger, recipe, snapshot_id, run_id="starved")
+
+
+def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    with pytest.raises(DataError, match="the run needs .* in bfloat16"):
+        train(home, ledger, recipe_for(sft, dtype="bfloat16"), snapshot_id, run_id="other")
+
+
+def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    with pytest.raises(TrainingError, match="exists with another snapshot or recipe"):
+        train(home, ledger, recipe_for(sft, beta=0.2), snapshot_id, run_id="unbroken")
