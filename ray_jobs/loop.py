@@ -19,16 +19,16 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from app.services import Services
 from rich.console import Console
 
 from app.config import Recipe
 from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
-from app.errors import HOLD_EXIT_CODE, PrefloopError, ServiceError, TrainingError
+from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, ServiceError, TrainingError
 from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import code_version, ensure_sft
 from app.schemas import content_hash
+from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
 from ray_jobs.evaluate import evaluate
@@ -49,12 +49,12 @@ class LoopRun:
 
     @classmethod
     def open(cls, ledger: Ledger, recipe: Recipe) -> "LoopRun":
-        """Continue the newest unfinished round of this recipe, or begin a new one."""
+        """Continue the newest round of this recipe if it was interrupted, else begin a new one."""
         tree = recipe.model_dump(mode="json")
         with ledger.write() as session:
             rows = session.scalars(sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.created_at.desc()))
             last = next((row for row in rows if row.recipe["name"] == recipe.name), None)
-            if last is not None and last.status in ("running", "stopped", "failed"):
+            if last is not None and last.status in ("running", "stopped"):
                 if content_hash(last.recipe) == content_hash(tree):
                     last.status, last.attempt, last.updated_at, last.error = "running", last.attempt + 1, now(), None
                     return cls(ledger, last.run_id)
@@ -120,8 +120,12 @@ def run_loop(session: Session, console: Console) -> int:
     except KeyboardInterrupt:
         run.end("stopped", error="interrupted")
         raise
-    except PrefloopError as error:
+    except DataError as error:
+        # The same data would fail again: the next call begins a new round.
         run.end("failed", error=str(error))
+        raise
+    except PrefloopError as error:
+        run.end("stopped", error=str(error))
         raise
     return 0 if verdict == "SHIP" else HOLD_EXIT_CODE
 

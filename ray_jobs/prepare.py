@@ -14,13 +14,13 @@ from dataclasses import replace
 import pyarrow as pa
 import ray
 import torch
-from app.preferences.snapshots import read_pairs, resolve_snapshot
 from rich.console import Console
 
 from app.config import Recipe
 from app.errors import DataError
 from app.ledger import Ledger, ModelRow, SnapshotRow
 from app.models import ensure_sft, load_model
+from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
 from app.training.batch import PackedBatch, token_bins
@@ -176,7 +176,7 @@ class ReferenceScorer:
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     del options
-    pair_snapshot = resolve_snapshot(session.home, session.ledger, session.recipe.snapshot, kind="pairs")
+    pair_snapshot = resolve_snapshot(session.ledger, session.recipe.snapshot, kind="pairs")
     with ray_cluster(session.home):
         row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id)
     print_summary(Console(), row)

@@ -18,16 +18,16 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-from app.preferences.snapshots import resolve_snapshot
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe
-from app.errors import TrainingError
+from app.errors import DataError, TrainingError
 from app.evaluation.learning import Learning, judge_learning
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
+from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
@@ -133,7 +133,7 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
     pairs = manifest["splits"]["train"]["pairs"]
     if pairs < recipe.pairs.min_pairs:
         msg = f"{pairs} training pairs are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
-        raise TrainingError(msg)
+        raise DataError(msg)
 
 
 def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
@@ -282,7 +282,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     with ray_cluster(home):
         snapshot_id = options.training_snapshot
         if snapshot_id is None:
-            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
+            pairs = resolve_snapshot(ledger, recipe.snapshot, kind="pairs")
             row = prepare(home, ledger, recipe, pairs.snapshot_id)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

@@ -1,1 +1,1 @@
-"""Room `app.preferences`."""
+"""Signals to pairs: reading files and feedback, judging quality, writing pair snapshots."""
