@@ -75,7 +75,7 @@ def import_(
     home = _home()
     section = load_recipe(recipe).pairs if recipe else PairSection()
     snapshot, report = import_files(home, Ledger.open(home.ledger_url), files, name=to, section=section)
-    print_import(Console(), snapshot, report)
+    print_import(Console(), to, snapshot, report)
 
 
 @cli.command("build-pairs")

@@ -35,7 +35,6 @@ class ModelSection(Section):
 class PairSection(Section):
     """How signals become pairs (`build-pairs`) and which rows may train."""
 
-    deployment: str = Field("default", description="Only responses of this deployment are paired.")
     max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
     min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
     held_out_fraction: float = Field(0.1, gt=0, lt=0.9, description="Share of prompt clusters held out.")

@@ -400,6 +400,25 @@ class Ledger:
             _audit(session, actor, "champion", deployment, {"from": previous, "to": model_id, "reason": reason})
             return row
 
+    def restore_champion(
+        self, before: ChampionRow, *, expected_revision: int, actor: str, reason: str
+    ) -> ChampionRow:
+        """Undo a move of the champion pointer, as a move of its own: model and previous model are those of `before`.
+
+        Raises:
+            LedgerError: the revision differs from the expected one: somebody else shipped meanwhile.
+        """
+        with self.write() as session:
+            row = session.get_one(ChampionRow, before.deployment, with_for_update=True)
+            if row.revision != expected_revision:
+                msg = f"the champion of `{before.deployment}` is at revision {row.revision}, not {expected_revision}: somebody else shipped"
+                raise LedgerError(msg)
+            detail = {"from": row.model_id, "to": before.model_id, "reason": reason}
+            row.model_id, row.previous_model_id = before.model_id, before.previous_model_id
+            row.revision, row.updated_at = row.revision + 1, now()
+            _audit(session, actor, "champion", before.deployment, detail)
+            return row
+
     def audit(self, actor: str, action: str, target: str, detail: dict[str, Any]) -> None:
         """Append an action to the audit log."""
         with self.write() as session:

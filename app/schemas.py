@@ -171,6 +171,9 @@ class Message:
     @classmethod
     def from_openai(cls, raw: dict[str, Any]) -> Self:
         """Read a message of the OpenAI chat format; raises DataError on a wrong shape."""
+        if not isinstance(raw, dict):
+            msg = f"a message must be a mapping, found {type(raw).__name__}"
+            raise DataError(msg)
         role, content = raw.get("role"), raw.get("content")
         if not isinstance(role, str) or not role:
             msg = f"a message needs a `role`, found {role!r}"
@@ -178,19 +181,15 @@ class Message:
         if content is not None and not isinstance(content, str):
             msg = f"`content` of a {role} message must be text, found {type(content).__name__}"
             raise DataError(msg)
-        calls = []
-        for call in raw.get("tool_calls") or ():
-            function = call.get("function", call)
-            arguments = function.get("arguments", "{}")
-            calls.append(
-                ToolCall(
-                    id=call.get("id"),
-                    name=function["name"],
-                    arguments=arguments if isinstance(arguments, str) else canonical_json(arguments),
-                    type=call.get("type", "function"),
-                )
-            )
-        return cls(role, content, raw.get("name"), tuple(calls), raw.get("tool_call_id"))
+        for key in ("name", "tool_call_id"):
+            if not isinstance(raw.get(key), str | None):
+                msg = f"`{key}` of a {role} message must be text, found {type(raw[key]).__name__}"
+                raise DataError(msg)
+        calls = raw.get("tool_calls") or ()
+        if not isinstance(calls, list | tuple):
+            msg = f"`tool_calls` of a {role} message must be a list, found {type(calls).__name__}"
+            raise DataError(msg)
+        return cls(role, content, raw.get("name"), tuple(map(_tool_call, calls)), raw.get("tool_call_id"))
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -298,6 +297,20 @@ class Pair:
     def to_row(self) -> dict[str, Any]:
         """Return the Parquet row."""
         return {"pair_id": self.pair_id, "kind": self.kind, **asdict(self)}
+
+
+def _tool_call(raw: Any) -> ToolCall:
+    function = raw.get("function", raw) if isinstance(raw, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        msg = f"a tool call needs a function with a `name`, found {raw!r:.80}"
+        raise DataError(msg)
+    identifier, kind, arguments = raw.get("id"), raw.get("type") or "function", function.get("arguments", "{}")
+    if not isinstance(identifier, str | None) or not isinstance(kind, str):
+        msg = f"`id` and `type` of a tool call must be text, found {identifier!r:.40} and {kind!r:.40}"
+        raise DataError(msg)
+    return ToolCall(
+        identifier, function["name"], arguments if isinstance(arguments, str) else canonical_json(arguments), kind
+    )
 
 
 def _trained(response: Response | None) -> list[Any] | None:

@@ -206,15 +206,21 @@ def _shipped(session: Session, model_id: str, console: Console) -> dict[str, Any
     home, recipe = session.home, session.recipe
     services = Services.read(home)
     if recipe.collect is None or services is None or not recipe.collect.switch_requests:
-        ship(home, session.ledger, recipe, model_id, "loop")
+        _ship(session, model_id)
         return {"requests_during_switch": 0, "failed_requests": 0}
     console.print("ship: the champion changes under simulated load", highlight=False)
     traffic = Traffic(services.gateway_url, home.api_key(), recipe.collect)
     with traffic:
         traffic.wait_for_answers()
-        ship(home, session.ledger, recipe, model_id, "loop")
+        _ship(session, model_id)
         traffic.wait_for_answers(from_model=model_id)
     return traffic.report()
+
+
+def _ship(session: Session, model_id: str) -> None:
+    result = ship(session.home, session.ledger, session.recipe, model_id, "loop")
+    if not result.shipped:
+        raise ServiceError(result.reason)
 
 
 def _ensure_service(session: Session, console: Console) -> None:

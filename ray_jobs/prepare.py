@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
@@ -129,11 +130,10 @@ def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Reci
             compute=ray.data.ActorPoolStrategy(size=workers.workers),
         )
     )
-    by_index = {
-        row["row_index"]: from_row(row)
-        for batch in scored.iter_batches(batch_format="pyarrow")
-        for row in batch.to_pylist()
-    }
+    rows: list[dict[str, Any]] = []
+    for table in scored.iter_batches(batch_format="pyarrow"):
+        rows += cast("pa.Table", table).to_pylist()
+    by_index = {row["row_index"]: from_row(row) for row in rows}
     if len(by_index) != len(groups):
         msg = f"the reference pass returned {len(by_index)} of {len(groups)} rows"
         raise DataError(msg)
@@ -176,7 +176,7 @@ class ReferenceScorer:
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     del options
-    pair_snapshot = resolve_snapshot(session.ledger, session.recipe.snapshot, kind="pairs")
+    pair_snapshot = resolve_snapshot(session.home, session.ledger, session.recipe.snapshot, kind="pairs")
     with ray_cluster(session.home):
         row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id)
     print_summary(Console(), row)

@@ -282,7 +282,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     with ray_cluster(home):
         snapshot_id = options.training_snapshot
         if snapshot_id is None:
-            pairs = resolve_snapshot(ledger, recipe.snapshot, kind="pairs")
+            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
             row = prepare(home, ledger, recipe, pairs.snapshot_id)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

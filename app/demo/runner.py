@@ -51,13 +51,17 @@ def run_demo(
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     began = time.time()
-    had_service = _running(home)
+    # Written before the service is started, so that a demo which was killed still stops its service in the end.
+    mark = home.local("demo", "service-is-mine")
+    if not _running(home):
+        write_atomically(home.filesystem, str(mark), b"")
     arguments = [part for setting in settings for part in ("--set", setting)]
     try:
         code = _child([sys.executable, "-m", "ray_jobs.loop", str(recipe), *arguments], home)
     finally:
-        if not had_service:
+        if mark.exists():
             _child([sys.executable, "-m", "serving.deploy", str(recipe), *arguments, "--stop"], home)
+            mark.unlink()
     if code not in (0, HOLD_EXIT_CODE):
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
         return code

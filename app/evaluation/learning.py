@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-_SAMPLES = 2000
+from app.evaluation.ratings import Resampling, mean_rate
 
 
 class Measured(Protocol):
@@ -65,25 +65,23 @@ class Learning:
 
 
 def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> Learning:
-    """Compare the margins of held-out pairs with chance and with their lengths."""
-    correct = np.array([0.5 * (1 + np.sign(m.margin)) for m in measures])
-    shorter = np.array([0.5 * (1 + np.sign(m.rejected_tokens - m.chosen_tokens)) for m in measures])
-    names = sorted({m.cluster for m in measures})
-    index = {name: i for i, name in enumerate(names)}
-    owner = np.array([index[m.cluster] for m in measures])
-    sums = np.bincount(owner, weights=correct, minlength=len(names))
-    counts = np.bincount(owner, minlength=len(names))
-    draws = np.random.default_rng(seed).integers(0, len(names), size=(_SAMPLES, len(names)))
-    resampled = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    """Compare the margins of at least one held-out pair with chance and with their lengths."""
+    margins = np.array([m.margin for m in measures])
+    gaps = np.array([m.rejected_tokens - m.chosen_tokens for m in measures])
+    shorter = float(0.5 * (1 + np.sign(gaps)).mean())
+    accuracy = mean_rate(
+        (0.5 * (1 + np.sign(margins))).tolist(),
+        [m.cluster for m in measures],
+        resampling=Resampling(level=level, seed=seed),
+    )
     return Learning(
-        accuracy=float(correct.mean()),
-        low=float(low),
-        high=float(high),
-        ties=float(np.mean([m.margin == 0 for m in measures])),
-        shorter=float(shorter.mean()),
-        longer=float(1 - shorter.mean()),
-        pairs=len(measures),
-        clusters=len(names),
+        accuracy=accuracy.value,
+        low=accuracy.low,
+        high=accuracy.high,
+        ties=float((margins == 0).mean()),
+        shorter=shorter,
+        longer=1 - shorter,
+        pairs=accuracy.n,
+        clusters=accuracy.n_clusters,
         level=level,
     )

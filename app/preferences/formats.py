@@ -488,7 +488,7 @@ def _sharegpt(raw: dict[str, Any]) -> Message:
             raise _Rejected("wrong_role_order", f"`from` is {speaker!r:.40}; known: {', '.join(_SHAREGPT_ROLES)}")
         return Message.from_openai({"role": role, "content": value})
     try:
-        call = json.loads(value)
+        call = json.loads(str(value))
         name, arguments = call["name"], call["arguments"]
     except (ValueError, TypeError, KeyError):
         msg = f"a function_call must be JSON with `name` and `arguments`, found {value!r:.80}"

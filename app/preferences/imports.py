@@ -1,10 +1,10 @@
 """Import: files of preference data -> a pair snapshot with its quarantine.
 
 Every row that was read is either in the snapshot or in the quarantine with its place and reason. Of equal rows the
-first counts; rows that contradict one another (the same answers, swapped) are all left out.
+first counts; rows that contradict one another are all left out.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from rich.table import Table
 
 from app.config import PairSection
 from app.ledger import Ledger, SnapshotRow
-from app.preferences.candidates import Candidate, Rejection, answer_key
+from app.preferences.candidates import Rejection
 from app.preferences.formats import read_rows
-from app.preferences.snapshots import write_pair_snapshot
-from app.schemas import Pair, canonical_json, prompt_key
+from app.preferences.quality import resolve
+from app.preferences.snapshots import check_name, write_pair_snapshot
 from app.storage import Home
 
 _SHOWN = 5
@@ -43,32 +43,33 @@ def import_files(
     """Read files and write what can train as the pair snapshot `name`.
 
     Raises:
-        DataError: a file cannot be read (all such files are listed), no row is left, or the name is taken.
+        DataError: a file cannot be read (all such files are listed), or no row is left.
+        RecipeError: the name is malformed.
     """
+    check_name(name)
     reading = read_rows(paths)
-    kept, left_out = _settle(reading.candidates)
-    rejections = (*reading.rejections, *left_out)
-    report = ImportReport(reading.rows, len(kept), rejections)
-    assert len(kept) + len(rejections) == reading.rows, "rows were lost"  # noqa: S101
+    pairs, later = resolve(reading.candidates)
+    report = ImportReport(reading.rows, len(pairs), (*reading.rejections, *later))
+    assert report.kept + len(report.rejections) == reading.rows, "rows were lost"  # noqa: S101
     row = write_pair_snapshot(
         home,
         ledger,
-        [candidate.pair for candidate in kept],
+        pairs,
         section=section,
-        counts={"read": reading.rows, "files": [asdict(file) for file in reading.files]},
-        dropped=report.by_reason,
-        quarantine=[rejection.to_row() for rejection in rejections],
+        quarantine=report.rejections,
+        counts={"read": reading.rows},
+        origin={"kind": "import", "files": [asdict(file) for file in reading.files]},
         name=name,
     )
     return row, report
 
 
-def print_import(console: Console, row: SnapshotRow, report: ImportReport) -> None:
+def print_import(console: Console, name: str, row: SnapshotRow, report: ImportReport) -> None:
     """Print what was kept, what was left out and why, with examples."""
     counts = row.manifest["counts"]
     splits = ", ".join(f"{n} {split}" for split, n in sorted(counts["by_split"].items()))
     console.print(
-        f"pair snapshot [bold]{row.snapshot_id}[/bold] ({row.manifest['name']}): {report.kept} of {report.rows} rows, "
+        f"pair snapshot [bold]{row.snapshot_id}[/bold] ({name}): {report.kept} of {report.rows} rows, "
         f"{counts['clusters']} prompt clusters, {splits}",
         highlight=False,
     )
@@ -80,44 +81,3 @@ def print_import(console: Console, row: SnapshotRow, report: ImportReport) -> No
         table.add_row(reason, str(number), "; ".join(f"{Path(r.place).name}: {r.detail}" for r in examples[:2]))
     console.print(table)
     console.print("all of them are kept beside the snapshot in quarantine-*.parquet", highlight=False)
-
-
-def _settle(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Rejection]]:
-    left_out: list[Rejection] = []
-    first: dict[str, Candidate] = {}
-    for candidate in candidates:
-        known = first.setdefault(candidate.pair.pair_id, candidate)
-        if known is not candidate:
-            left_out.append(_rejection(candidate, "duplicate", f"the same row as {known.place}"))
-    by_answers: dict[tuple[object, ...], dict[tuple[object, ...], list[Candidate]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    kept: list[Candidate] = []
-    for candidate in first.values():
-        pair = candidate.pair
-        if pair.chosen is None or pair.rejected is None:
-            kept.append(candidate)
-            continue
-        order = (answer_key(pair.chosen), answer_key(pair.rejected))
-        context = (prompt_key(pair.prompt, pair.tools), *sorted(order))
-        by_answers[context][order].append(candidate)
-    for directions in by_answers.values():
-        members = [candidate for group in directions.values() for candidate in group]
-        if len(directions) == 1:
-            kept += members
-        else:
-            left_out += [_rejection(c, "conflict", "the same answers stand the other way round too") for c in members]
-    return kept, left_out
-
-
-def _rejection(candidate: Candidate, reason: str, detail: str) -> Rejection:
-    return Rejection(candidate.place, reason, detail, canonical_json(_plain(candidate.pair)))
-
-
-def _plain(pair: Pair) -> dict[str, object]:
-    return {
-        "prompt": [message.to_openai() for message in pair.prompt],
-        "chosen": None if pair.chosen is None else pair.chosen.content,
-        "rejected": None if pair.rejected is None else pair.rejected.content,
-        "label": pair.label,
-    }

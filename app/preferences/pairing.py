@@ -358,8 +358,8 @@ def _similarity(before: str, after: str) -> float:
     if max(len(before), len(after)) <= _LONG_TEXT:
         return difflib.SequenceMatcher(None, before, after, autojunk=False).ratio()
     # Matching characters is quadratic; in long texts words tell as much.
-    words = [re.findall(r"\w+|\W", text) for text in (before, after)]
-    return difflib.SequenceMatcher(None, *words, autojunk=False).ratio()
+    old, new = (re.findall(r"\w+|\W", text) for text in (before, after))
+    return difflib.SequenceMatcher[str](None, old, new, autojunk=False).ratio()
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

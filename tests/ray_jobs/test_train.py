@@ -179,7 +179,7 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
 def test_too_few_pairs_are_refused_with_the_number(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(sft).model_copy(update={"pairs": recipe_for(sft).pairs.model_copy(update={"min_pairs": 500})})
-    with pytest.raises(TrainingError, match="training pairs are fewer than pairs.min_pairs = 500"):
+    with pytest.raises(DataError, match="training pairs are fewer than pairs.min_pairs = 500"):
         train(home, ledger, recipe, snapshot_id, run_id="few")
 
 

@@ -1,0 +1,179 @@
+"""Prompt files: read them, join near-duplicates to clusters, split them into train and held-out.
+
+A prompt file is JSONL with `prompt` and optionally `id` and `cluster`. Where a prompt names no cluster, prompts whose
+sets of 5-word runs overlap (MinHash) share one, so that no near-duplicate stands on both sides of a split and no
+interval counts it twice. This module does not know what the prompts are for.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from datasketch import MinHash, MinHashLSH
+
+from app.errors import DataError
+from app.schemas import content_hash
+
+NEAR_DUPLICATE = 0.8
+"""Estimated Jaccard similarity of 5-word runs from which two prompts count as the same."""
+_RUN = 5
+_PERMUTATIONS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A user's request; `cluster` is shared by near-duplicates."""
+
+    id: str
+    text: str
+    cluster: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The prompts of a file, each text once, and how many repeated lines were left out."""
+
+    prompts: tuple[Prompt, ...]
+    repeated: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSplit:
+    """Prompts to collect on and prompts to evaluate on; no cluster is in both."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+
+
+def load_prompts(place: str) -> PromptFile:
+    """Read a prompt file from a path or URI.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is no object with a non-empty text `prompt`; names the line.
+    """
+    entries: dict[str, tuple[str, str | None]] = {}
+    texts: set[str] = set()
+    repeated = 0
+    for number, row in read_jsonl(place):
+        text = row.get("prompt")
+        if not isinstance(text, str) or not text.strip():
+            msg = f"`{place}` line {number}: `prompt` must be text that is not empty, found {text!r}"
+            raise DataError(msg)
+        if _plain(text) in texts:
+            repeated += 1
+            continue
+        texts.add(_plain(text))
+        identity, cluster = row.get("id"), row.get("cluster")
+        name = content_hash(text)[:16] if identity is None else str(identity)
+        if name in entries:
+            msg = f"`{place}` line {number}: the id `{name}` is used by another prompt as well"
+            raise DataError(msg)
+        entries[name] = (text, None if cluster is None else str(cluster))
+    if not entries:
+        msg = f"`{place}` holds no prompts"
+        raise DataError(msg)
+    found = cluster_texts([text for text, _ in entries.values()])
+    prompts = (
+        Prompt(name, text, f"near:{near}" if named is None else named)
+        for (name, (text, named)), near in zip(entries.items(), found, strict=True)
+    )
+    return PromptFile(tuple(prompts), repeated)
+
+
+def split_prompts(prompts: Sequence[Prompt], *, held_out: int, min_train: int, seed: int) -> PromptSplit:
+    """Hold out whole clusters until at least `held_out` prompts are held out, chosen by a hash of cluster and seed.
+
+    Raises:
+        DataError: there are not enough prompts for both sides; names the number needed.
+    """
+    needed = held_out + min_train
+    if len(prompts) < needed:
+        msg = f"{len(prompts)} different prompts are too few: {held_out} are held out to judge and {min_train} are needed to collect feedback on\n\nHint: give at least {needed} prompts."
+        raise DataError(msg)
+    members: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        members.setdefault(prompt.cluster, []).append(prompt)
+    chosen: set[str] = set()
+    count = 0
+    for cluster in sorted(members, key=lambda c: hashlib.sha256(f"{seed}/{c}".encode()).digest()):
+        if count < held_out and len(prompts) - count - len(members[cluster]) >= min_train:
+            chosen.add(cluster)
+            count += len(members[cluster])
+    if count < held_out:
+        msg = f"{len(prompts)} prompts fall into only {len(members)} groups of near-duplicates, which cannot be divided into {held_out} prompts to judge and {min_train} to collect feedback on\n\nHint: give prompts that differ more from one another."
+        raise DataError(msg)
+    return PromptSplit(
+        train=tuple(p for p in prompts if p.cluster not in chosen),
+        held_out=tuple(p for p in prompts if p.cluster in chosen),
+    )
+
+
+def cluster_texts(texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE) -> list[str]:
+    """Return a cluster name for each text; near-duplicates (and their near-duplicates) share it.
+
+    The name is a hash of the cluster's first text in sorted order, so it does not depend on the order of the texts.
+    """
+    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+    parents = list(range(len(texts)))
+    sketches = [_sketch(text) for text in texts]
+
+    def root(node: int) -> int:
+        while parents[node] != node:
+            parents[node] = parents[parents[node]]
+            node = parents[node]
+        return node
+
+    for i, sketch in enumerate(sketches):
+        for j in index.query(sketch):
+            if sketch.jaccard(sketches[j]) >= threshold:
+                parents[root(i)] = root(j)
+        index.insert(i, sketch)
+    names: dict[int, str] = {}
+    for i in sorted(range(len(texts)), key=texts.__getitem__):
+        names.setdefault(root(i), content_hash(texts[i])[:12])
+    return [names[root(i)] for i in range(len(texts))]
+
+
+def read_jsonl(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file at a path or URI; blank lines are passed over.
+
+    Raises:
+        DataError: the file is missing or not UTF-8, or a line is no JSON object; names the line.
+    """
+    try:
+        with fsspec.open(place, "rb") as stream:
+            content = stream.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        msg = f"no file at `{place}`"
+        raise DataError(msg) from None
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"`{place}` cannot be read: {error}"
+        raise DataError(msg) from None
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            msg = f"`{place}` line {number} is no JSON: {error}"
+            raise DataError(msg) from None
+        if not isinstance(row, dict):
+            msg = f"`{place}` line {number}: an object is needed, found {type(row).__name__}"
+            raise DataError(msg)
+        yield number, row
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower())) or text
+
+
+def _sketch(text: str) -> MinHash:
+    words = _plain(text).split()
+    sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
+    runs = [" ".join(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))]
+    sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in runs])
+    return sketch

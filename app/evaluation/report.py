@@ -1,0 +1,112 @@
+"""The report of an evaluation: plain values for JSON, Markdown for people, a card for the terminal.
+
+The three say the same: the verdict, every rule with value, interval, n and threshold, and the reasons in words. This
+module measures and decides nothing.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from app.evaluation.gate import Measurements, RuleResult, Verdict
+from app.evaluation.suites import WinRate
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """What was compared, on what, what was measured and what the gate says."""
+
+    evaluation_id: str
+    model_id: str
+    champion_id: str
+    sft_id: str
+    judge: str
+    """Names the judge; a style that users asked for is named as such by the caller."""
+    prompts: str
+    level: float
+    measurements: Measurements
+    verdict: Verdict
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, with the headline numbers on top."""
+        over = self.measurements.over_champion
+        golden = self.measurements.golden
+        return {
+            **asdict(self),
+            "verdict": self.verdict.decision,
+            "rules": [asdict(rule) for rule in self.verdict.rules],
+            "reasons": list(self.verdict.reasons),
+            "figures": {
+                "win_rate": over.estimate.value,
+                "ci_low": over.estimate.low,
+                "ci_high": over.estimate.high,
+                "n_prompts": over.estimate.n,
+                "length_ratio": self.measurements.length_ratio.value,
+                "golden": None
+                if golden is None
+                else {"passed": sum(result.passed for result in golden), "of": len(golden)},
+            },
+        }
+
+    def as_markdown(self) -> str:
+        """Return the report as Markdown."""
+        lines = [
+            f"# {self.verdict.decision}: `{self.model_id}`",
+            "",
+            f"Against champion `{self.champion_id}` and SFT `{self.sft_id}`, on `{self.prompts}`, judged by {self.judge}. "
+            f"Intervals: {self.level:.0%}, bootstrap over prompt clusters.",
+            "",
+            "| rule | value | interval | n | wanted | |",
+            "|---|---|---|---|---|---|",
+            *(f"| {' | '.join(_cells(rule))} |" for rule in self.verdict.rules),
+            "",
+            _counts("champion", self.measurements.over_champion),
+            _counts("SFT", self.measurements.over_sft),
+        ]
+        if self.verdict.reasons:
+            lines += ["", "It holds because:", "", *(f"- {reason}" for reason in self.verdict.reasons)]
+        return "\n".join(lines) + "\n"
+
+    def as_card(self) -> Panel:
+        """Return the verdict card for the terminal."""
+        ships = self.verdict.decision == "SHIP"
+        table = Table(box=None, pad_edge=False)
+        for heading in ("rule", "value", "interval", "n", "wanted", ""):
+            table.add_column(heading, justify="left" if heading in ("rule", "wanted", "") else "right")
+        for rule in self.verdict.rules:
+            table.add_row(*map(Text, _cells(rule)), style="" if rule.passed else "bold red")
+        notes = [Text(reason, style="red") for reason in self.verdict.reasons]
+        below = Text(
+            f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)}",
+            style="dim",
+        )
+        return Panel(
+            Group(table, *notes, below),
+            title=Text(f"{self.verdict.decision}  {self.model_id}", style="bold green" if ships else "bold red"),
+            border_style="green" if ships else "red",
+        )
+
+
+def _cells(rule: RuleResult) -> tuple[str, str, str, str, str, str]:
+    interval = "" if rule.low is None or rule.high is None else f"{rule.low:.3f} to {rule.high:.3f}"
+    bound = "lower bound " if rule.comparison == ">" else ""
+    return (
+        rule.name,
+        "not measured" if rule.value is None else f"{rule.value:.3f}",
+        interval,
+        str(rule.n),
+        f"{bound}{rule.comparison} {rule.threshold:.3g}",
+        "pass" if rule.passed else "HOLD",
+    )
+
+
+def _counts(baseline: str, measured: WinRate) -> str:
+    return (
+        f"Against {baseline}: {measured.wins} wins, {measured.ties} ties, {measured.losses} losses; left out as invalid: "
+        f"{measured.invalid_candidate} by the candidate, {measured.invalid_baseline} by the baseline "
+        f"(were the candidate's losses: win rate {measured.if_invalid_lost:.1%})."
+    )

@@ -1,0 +1,139 @@
+"""Where the running service is found, and how what it serves is read and changed over HTTP.
+
+`services.json` in the home is written by who started the service. It says where to look, not that something is there: a
+machine may have gone down since. Knows nothing of how the service is built; only the names under which it is deployed
+stand here, because jobs change what is deployed.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from app.errors import ServiceError
+from app.storage import Home, write_atomically
+
+APPLICATION = "prefloop"
+"""Name of the application in Ray Serve."""
+REPLICA = "Replica"
+"""Name of the Serve deployment whose `user_config` names the model."""
+_FILE = "services.json"
+
+
+@dataclass(frozen=True)
+class Services:
+    """Addresses of a running service, and the processes that were started for it.
+
+    Attributes:
+        gateway_url: base URL of the HTTP API.
+        ray_dashboard_url: base URL of Ray's dashboard, which serves the Jobs and Serve APIs.
+        ray_address: `host:port` of the Ray cluster.
+        pid: the process that waits in the foreground, or None where the service is detached.
+        ray_pid: the `ray start --block` that was started for this service, or None where a cluster was joined.
+        ray_started: start time of that process (seconds), because process ids are used again.
+    """
+
+    gateway_url: str
+    ray_dashboard_url: str
+    ray_address: str
+    pid: int | None = None
+    ray_pid: int | None = None
+    ray_started: float | None = None
+
+    @classmethod
+    def read(cls, home: Home) -> "Services | None":
+        """Return what is recorded in a home, or None; raises ServiceError where the file is damaged."""
+        path = home.local(_FILE)
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (TypeError, ValueError) as error:
+            msg = (
+                f"`{path}` is damaged ({error})\n\nHint: remove it, and start the service again with `prefloop serve`."
+            )
+            raise ServiceError(msg) from None
+
+    def write(self, home: Home) -> None:
+        """Record the service in a home."""
+        write_atomically(home.filesystem, str(home.local(_FILE)), json.dumps(asdict(self), indent=1).encode())
+
+    def healthy(self) -> bool:
+        """Ask the gateway whether it can answer."""
+        try:
+            return httpx.get(f"{self.gateway_url}/healthz", timeout=10).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+
+def forget_services(home: Home) -> None:
+    """Remove the record of a service that has ended."""
+    home.local(_FILE).unlink(missing_ok=True)
+
+
+class ServeApi:
+    """Ray Serve's REST API on a dashboard's address, with Ray's token where there is one."""
+
+    def __init__(self, dashboard_url: str) -> None:
+        self.url = dashboard_url.rstrip("/")
+
+    def reachable(self) -> bool:
+        """Tell whether a dashboard answers here and accepts the token."""
+        try:
+            return self._request("GET", "/api/version").status_code == httpx.codes.OK
+        except ServiceError:
+            return False
+
+    def details(self) -> dict[str, Any]:
+        """Return what Serve says of itself: HTTP options, and each application with its deployments and replicas.
+
+        Raises:
+            ServiceError: nothing answers, or it refuses.
+        """
+        details: dict[str, Any] = self._checked("GET").json()
+        return details
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration that is deployed, in the form that `put` takes."""
+        details = self.details()
+        applications = [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
+        kept = {k: details[k] for k in ("proxy_location", "http_options") if details.get(k)}
+        return {**kept, "applications": applications}
+
+    def put(self, config: dict[str, Any]) -> None:
+        """Deploy a configuration; applications that it lacks are removed. Returns before it is in force."""
+        self._checked("PUT", config)
+
+    def _checked(self, method: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        reply = self._request(method, "/api/serve/applications/", body)
+        if reply.is_error:
+            msg = f"Ray Serve at `{self.url}` refused with {reply.status_code}: {reply.text.strip()[-1000:]}"
+            raise ServiceError(msg)
+        return reply
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        token = ray_token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            return httpx.request(method, f"{self.url}{path}", json=body, headers=headers, timeout=60)
+        except httpx.HTTPError as error:
+            msg = f"Ray's dashboard at `{self.url}` cannot be reached ({type(error).__name__})\n\nHint: start the service with `prefloop serve RECIPE.yaml`."
+            raise ServiceError(msg) from None
+
+
+def ray_token_path() -> Path:
+    """Return where Ray looks for its token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def ray_token() -> str | None:
+    """Return Ray's token, found where Ray itself looks for it, or None."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    try:
+        return ray_token_path().read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None

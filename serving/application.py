@@ -1,0 +1,120 @@
+"""The Serve application: a gateway in front of the replicas of the champion.
+
+`build` is what Ray Serve imports. It knows the recipe's section and where the home is, not which model is served: that
+comes with the replicas' `user_config`, so that shipping another one restarts no process.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from app.config import ServingSection
+from app.ledger import Ledger
+from app.services import REPLICA
+from app.storage import Home
+from serving.gateway import Limits, create_app
+from serving.messages import Busy, Event, Question, ReplicaStatus, Unavailable
+from serving.recorder import Recorder
+from serving.replica import Replica
+
+_GATEWAY_CPUS = 0.1
+_GATEWAY_MARGIN = 256
+_STATUS_TIMEOUT_S = 10.0
+
+
+class ServiceArgs(BaseModel):
+    """What the application is built from. Anyone who may see Ray's dashboard sees it: no secrets here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    home: str
+    serving: ServingSection
+
+
+class Gateway:
+    """The ingress deployment: the HTTP API in front of the replicas."""
+
+    def __init__(self, args: ServiceArgs, replicas: Any) -> None:
+        self._args = args
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Build the application; Serve calls it once in each gateway process."""
+        home, section = Home.at(self._args.home), self._args.serving
+        return create_app(
+            ReplicaSet(self._replicas),
+            Recorder(Ledger.open(home.ledger_url)),
+            key=home.api_key(),
+            deployment=section.deployment,
+            limits=Limits(max_tokens=section.max_tokens),
+        )
+
+
+class ReplicaSet:
+    """All replicas behind one Serve handle, as the gateway sees them."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._answer = handle.options(method_name="answer", stream=True)
+
+    async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
+        """Let one replica answer; closing this early tells it to stop."""
+        response = self._answer.remote(question)
+        try:
+            async for event in response:
+                yield event
+        except BackPressureError:
+            raise Busy from None
+        except (RayError, RayServeException):
+            raise Unavailable from None
+        finally:
+            response.cancel()
+
+    async def status(self) -> list[ReplicaStatus]:
+        """Ask every replica what it serves; one that does not answer is listed with an error."""
+        try:
+            found = await self._handle.broadcast("status").results_async(
+                timeout_s=_STATUS_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError):
+            raise Unavailable from None
+        silent = ReplicaStatus("unknown", None, None, None, None, "the replica does not answer")
+        return [status if isinstance(status, ReplicaStatus) else silent for status in found]
+
+
+def build(args: ServiceArgs) -> Any:
+    """Build the Serve application; which model it serves comes with `user_config`."""
+    section = args.serving
+    replica = serve.deployment(
+        name=REPLICA,
+        num_replicas=section.replicas,
+        # One batch is answered while the next one gathers; what is beyond waits in the gateway and is counted there.
+        max_ongoing_requests=2 * section.max_batch_size,
+        max_queued_requests=section.max_queued_requests,
+        ray_actor_options={"num_cpus": section.cpus_per_replica, "num_gpus": section.gpus_per_replica},
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+    )(Replica).bind(
+        args.home,
+        dtype=section.dtype,
+        threads=section.threads_per_replica,
+        max_batch_size=section.max_batch_size,
+        batch_wait_s=section.batch_wait_s,
+    )
+    in_flight = section.replicas * 2 * section.max_batch_size + section.max_queued_requests
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=1,
+        max_ongoing_requests=in_flight + _GATEWAY_MARGIN,
+        max_queued_requests=_GATEWAY_MARGIN,
+        ray_actor_options={"num_cpus": _GATEWAY_CPUS},
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+    )(serve.ingress()(Gateway))
+    return gateway.bind(args, replica)

@@ -1,0 +1,378 @@
+"""Starts and stops the service: `python -m serving.deploy RECIPE.yaml [--set a.b=c] [--detach]`, `… --stop`.
+
+Joins the Ray cluster that `RAY_ADDRESS` or the home's record names, or starts one of its own (token authentication on,
+loopback only); makes sure that there is a champion; deploys the application through Serve's REST API; waits until it
+is healthy; records where it is. In the foreground it stays until Ctrl-C or SIGTERM. It stops only what it started.
+
+The model is named by the replicas' `user_config` alone, so shipping another one restarts no process.
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import ray
+
+from app.config import Recipe, ServingSection, load_recipe
+from app.errors import Interrupted, PrefloopError, ServiceError
+from app.ledger import ChampionRow, Ledger
+from app.models import ensure_sft
+from app.services import APPLICATION, REPLICA, ServeApi, Services, forget_services, ray_token, ray_token_path
+from app.storage import HOME_VARIABLE, Home
+from serving.application import ServiceArgs
+
+_LOOPBACK = "127.0.0.1"
+# Replica, gateway, train workers and Ray Data's readers share a laptop's cores: logical CPUs must not run out.
+_MIN_LOGICAL_CPUS = 4
+_RAY_START_S = 120.0
+_HEALTHY_S = 600.0
+_DRAIN_S = 15.0
+_RAY_STOP_S = 30.0
+
+
+def start(home: Home, ledger: Ledger, recipe: Recipe) -> Services:
+    """Bring the service up, record it and return where it is.
+
+    Raises:
+        ServiceError: the port is taken, Ray does not start, or the application does not become healthy.
+    """
+    section = recipe.serving
+    known = Services.read(home)
+    if known is not None and known.healthy():
+        msg = f"the service of this home is running already at {known.gateway_url}\n\nHint: stop it with `prefloop serve --stop`."
+        raise ServiceError(msg)
+    url = f"http://{section.host}:{section.port}"
+    cluster = _find_cluster(known)
+    if cluster is None:
+        _check_port(section.host, section.port)
+    champion = first_champion(home, ledger, recipe)
+    if cluster is None:
+        cluster = _start_cluster(home)
+    services = replace(cluster, gateway_url=url)
+    services.write(home)
+    try:
+        _deploy(home, section, champion, ServeApi(services.ray_dashboard_url))
+        _wait_until_healthy(services)
+    except BaseException:
+        with _undisturbed():
+            stop(home, services)
+        raise
+    return services
+
+
+def stop(home: Home, services: Services) -> None:
+    """Take the application down, and the Ray cluster with it where it was started for this service."""
+    api = ServeApi(services.ray_dashboard_url)
+    if api.reachable():
+        try:
+            _remove(api)
+        except ServiceError:
+            if services.ray_pid is None:
+                raise
+    process = _ray_process(services)
+    if process is not None:
+        # Workers of a raylet that dies first would be nobody's children, so all are remembered before.
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=_RAY_STOP_S)
+        for member in alive:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    forget_services(home)
+
+
+def first_champion(home: Home, ledger: Ledger, recipe: Recipe) -> ChampionRow:
+    """Return the champion of the deployment; before the first ship it is the SFT checkpoint."""
+    deployment = recipe.serving.deployment
+    champion = ledger.champion(deployment)
+    if champion is not None:
+        return champion
+    sft = ensure_sft(home, ledger, recipe.model.sft)
+    return ledger.set_champion(
+        deployment, sft.model_id, expected_revision=0, actor="serve", reason="the SFT checkpoint is the first champion"
+    )
+
+
+@dataclass(frozen=True)
+class _Stopped(BaseException):
+    signal_number: int
+
+
+def _find_cluster(known: Services | None) -> Services | None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        return Services("", address.rstrip("/"), "auto")
+    if address:
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            found, dashboard = str(ray.get_runtime_context().gcs_address), str(context.dashboard_url)
+        finally:
+            ray.shutdown()
+        return Services("", f"http://{dashboard}", found)
+    if known is not None and ServeApi(known.ray_dashboard_url).reachable():
+        return replace(known, pid=None)
+    return None
+
+
+def _start_cluster(home: Home) -> Services:
+    _ensure_ray_token()
+    port, dashboard_port, client_port = (_free_port(p) for p in (6379, 8265, 10001))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--num-cpus", str(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1))]
+    command += ["--port", str(port), "--dashboard-host", _LOOPBACK, "--dashboard-port", str(dashboard_port)]
+    command += ["--ray-client-server-port", str(client_port)]
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        HOME_VARIABLE: home.uri,
+        # Jobs run `python`: it must be this one.
+        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}",  # noqa: PTH120
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    log = home.local("ray.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
+        # A session of its own: Ctrl-C in the terminal is for this process, which then stops Ray in order.
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+    services = Services(
+        gateway_url="",
+        ray_dashboard_url=f"http://{_LOOPBACK}:{dashboard_port}",
+        ray_address=f"{ray.util.get_node_ip_address()}:{port}",
+        ray_pid=process.pid,
+        ray_started=psutil.Process(process.pid).create_time(),
+    )
+    try:
+        end = time.monotonic() + _RAY_START_S
+        while not ServeApi(services.ray_dashboard_url).reachable():
+            if process.poll() is not None or time.monotonic() > end:
+                state = "ended" if process.poll() is not None else f"did not answer within {_RAY_START_S:.0f} s"
+                msg = f"Ray {state}; the end of `{log}`:\n{log.read_text(errors='replace')[-1500:]}"
+                raise ServiceError(msg)
+            time.sleep(0.3)
+    except BaseException:
+        with _undisturbed():
+            stop(home, services)
+        raise
+    return services
+
+
+def _ensure_ray_token() -> None:
+    if ray_token() is None:
+        path = ray_token_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        # Ray itself would write it readable by everybody.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(32))
+    elif ray_token_path().exists():
+        ray_token_path().chmod(0o600)
+
+
+def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: ServeApi) -> None:
+    running = api.details()
+    existing = running.get("http_options") or {}
+    if running.get("proxies") and existing.get("port") != section.port:
+        msg = f"Ray Serve listens on port {existing.get('port')} of this cluster already, the recipe asks for {section.port}\n\nHint: run with `--set serving.port={existing.get('port')}`, or use a cluster of its own."
+        raise ServiceError(msg)
+    if not running.get("proxies"):
+        _check_port(section.host, section.port)
+    args = ServiceArgs(home=home.uri, serving=section)
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "serving.application:build",
+        "args": args.model_dump(mode="json"),
+        # Waiting threads must not spin: replicas, train workers and Ray share the cores.
+        "runtime_env": {"env_vars": {HOME_VARIABLE: home.uri, "OMP_WAIT_POLICY": "PASSIVE"}},
+        "deployments": [
+            {"name": REPLICA, "user_config": {"model_id": champion.model_id, "revision": champion.revision}}
+        ],
+    }
+    others = [a for a in api.config()["applications"] if a["name"] != APPLICATION]
+    taken = [a["name"] for a in others if a.get("route_prefix") == "/"]
+    if taken:
+        msg = f"the application `{taken[0]}` of this cluster serves `/` already\n\nHint: remove it, or use a cluster of its own."
+        raise ServiceError(msg)
+    api.put(
+        {
+            "proxy_location": running.get("proxy_location") or "HeadOnly",
+            "http_options": {
+                "host": section.host,
+                "port": section.port,
+                "request_timeout_s": section.request_timeout_s,
+            },
+            "applications": [*others, application],
+        }
+    )
+
+
+def _wait_until_healthy(services: Services) -> None:
+    api = ServeApi(services.ray_dashboard_url)
+    end = time.monotonic() + _HEALTHY_S
+    while time.monotonic() < end:
+        application = api.details()["applications"].get(APPLICATION, {})
+        if application.get("status") == "RUNNING" and services.healthy():
+            return
+        if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServiceError(f"the service does not become healthy: {_reason(application)}")
+        time.sleep(0.3)
+    msg = f"the service is not healthy after {_HEALTHY_S:.0f} s: {_reason(application)}"
+    raise ServiceError(msg)
+
+
+def _reason(application: dict[str, Any]) -> str:
+    messages: list[str] = [d.get("message", "") for d in application.get("deployments", {}).values()]
+    lines = [line.strip() for m in [*messages, application.get("message", "")] for line in m.splitlines()]
+    own = [line for line in lines if "ServiceError" in line or "app.errors." in line]
+    told = [line for line in lines if line]
+    return str((own or told or ["no reason given"])[-1])
+
+
+def _remove(api: ServeApi) -> None:
+    config = api.config()
+    if not any(a["name"] == APPLICATION for a in config["applications"]):
+        return
+    api.put({**config, "applications": [a for a in config["applications"] if a["name"] != APPLICATION]})
+    end = time.monotonic() + _DRAIN_S
+    while time.monotonic() < end and APPLICATION in api.details()["applications"]:
+        time.sleep(0.3)
+
+
+def _ray_process(services: Services) -> psutil.Process | None:
+    if services.ray_pid is None or services.ray_started is None:
+        return None
+    try:
+        process = psutil.Process(services.ray_pid)
+        return process if abs(process.create_time() - services.ray_started) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        msg = f"the gateway cannot use port {port} of {host}: {error.strerror}\n\nHint: choose another one with `--set serving.port=PORT`."
+        raise ServiceError(msg) from None
+
+
+def _free_port(preferred: int) -> int:
+    for candidate in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind(("", candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    msg = "no free port was found"
+    raise ServiceError(msg)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second Ctrl-C not interrupt the cleaning up that the first one began."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise_stopped(number: int, _frame: object) -> None:
+    raise _Stopped(number)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _stay(services: Services) -> None:
+    """Wait for a signal; raises ServiceError when Ray ends on its own."""
+    while True:
+        time.sleep(1)
+        if services.ray_pid is not None:
+            process = _ray_process(services)
+            if process is None or process.status() == psutil.STATUS_ZOMBIE:
+                msg = "Ray ended, and the service with it\n\nHint: look at `ray.log` in the home, and start again."
+                raise ServiceError(msg)
+
+
+def _stop_recorded(home: Home) -> int:
+    services = Services.read(home)
+    if services is None:
+        _say(f"serve: no service is recorded in {home.uri}")
+        return 0
+    if services.pid is not None and psutil.pid_exists(services.pid):
+        os.kill(services.pid, signal.SIGTERM)
+        psutil.wait_procs([psutil.Process(services.pid)], timeout=_DRAIN_S + _RAY_STOP_S)
+    else:
+        stop(home, services)
+    _say("serve: stopped")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 when stopped in order, 130 after Ctrl-C, 1 after an error."""
+    parser = argparse.ArgumentParser(prog="python -m serving.deploy", description="Start or stop the service.")
+    parser.add_argument("recipe", nargs="?", help="path of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--detach", action="store_true", help="return when the service is healthy, and leave it running"
+    )
+    parser.add_argument("--stop", action="store_true", help="stop the service that is recorded in the home")
+    options = parser.parse_args(argv)
+    if options.stop == (options.recipe is not None):
+        parser.error("give a recipe, or --stop")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_stopped)
+    try:
+        home = Home.from_environment()
+        if options.stop:
+            return _stop_recorded(home)
+        recipe = load_recipe(options.recipe, options.overrides)
+        ledger = Ledger.open(home.ledger_url)
+        _say("serve: starting (Ray, the champion, the gateway)")
+        services = start(home, ledger, recipe)
+        _say(f"serve: {services.gateway_url} answers; the key is in {home.local('api_key')}")
+        if options.detach:
+            _say("serve: detached; stop it with `prefloop serve --stop`")
+            return 0
+        services = replace(services, pid=os.getpid())
+        services.write(home)
+        try:
+            _stay(services)
+        finally:
+            with _undisturbed():
+                stop(home, services)
+    except _Stopped as stopped:
+        _complain("serve: stopped; what was acknowledged is kept")
+        return 0 if stopped.signal_number == signal.SIGTERM else Interrupted.exit_code
+    except PrefloopError as error:
+        _complain(f"serve: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

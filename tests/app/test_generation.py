@@ -1,0 +1,214 @@
+"""Generation answers a batch as each row would have been answered alone."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
+
+from app.errors import ModelError
+from app.generation import GenerationRequest, answer_text, context_window, generate, nucleus
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    return Loaded(model, tokenizer, (1,))
+
+
+def request(prompt=(5, 9, 30), *, temperature=0.0, top_p=1.0, max_tokens=8, seed=None):
+    return GenerationRequest(tuple(prompt), temperature, top_p, max_tokens, seed)
+
+
+PROMPTS = [(5, 9, 30), (7,), tuple(range(20, 60)), (200, 100)]
+
+
+def forced_logps(model, prompt, answer):
+    ids = torch.tensor([[*prompt, *answer]])
+    logps = model(ids).logits[0].float().log_softmax(-1)
+    return [logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)]
+
+
+def test_a_greedy_batch_equals_transformers_own_generate_row_by_row(loaded):
+    answers = generate(loaded, [request(p, max_tokens=12) for p in PROMPTS])
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([prompt])
+        alone = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1
+        )
+        assert list(answer.token_ids) == alone[0, len(prompt) :].tolist()
+
+
+def test_a_seeded_row_does_not_depend_on_its_company(loaded):
+    alone = generate(loaded, [request(temperature=1.0, seed=3, max_tokens=20)])[0]
+    company = [
+        request(p, temperature=0.7, top_p=0.9, seed=i, max_tokens=5 + 9 * i)
+        for i, p in enumerate(PROMPTS[1:], start=50)
+    ]
+    together = generate(loaded, [*company, request(temperature=1.0, seed=3, max_tokens=20)])[-1]
+    assert together.token_ids == alone.token_ids
+    assert together.logp == pytest.approx(alone.logp, abs=1e-4)
+
+
+def test_other_seeds_give_other_answers(loaded):
+    answers = generate(loaded, [request(temperature=1.0, seed=s, max_tokens=12) for s in range(6)])
+    assert len({a.token_ids for a in answers}) == 6
+
+
+def test_rows_without_a_seed_differ(loaded):
+    first, second = generate(loaded, [request(temperature=1.0, max_tokens=16)] * 2)
+    assert first.token_ids != second.token_ids
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    temperatures=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=4),
+    top_p=st.sampled_from([0.3, 0.9, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_logp_is_the_teacher_forced_logp_at_temperature_one(loaded, temperatures, top_p, seed):
+    rows = [
+        request(PROMPTS[i], temperature=t, top_p=top_p, seed=seed + i, max_tokens=6 + i)
+        for i, t in enumerate(temperatures)
+    ]
+    for row, answer in zip(rows, generate(loaded, rows), strict=True):
+        assert list(answer.logps) == pytest.approx(
+            forced_logps(loaded.model, row.prompt_ids, answer.token_ids), abs=1e-4
+        )
+        assert answer.logp == pytest.approx(sum(answer.logps))
+
+
+def test_an_answer_that_ends_keeps_its_end_token_and_its_logp_but_not_in_the_text(loaded):
+    sampled = request(temperature=1.0, seed=0, max_tokens=4)
+    first = generate(loaded, [sampled])[0]
+    assert first.token_ids[2] not in first.token_ids[:2]
+    ended = Loaded(loaded.model, loaded.tokenizer, (first.token_ids[2],))
+    answer = generate(ended, [sampled])[0]
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == first.token_ids[:3]
+    assert answer.text == answer_text(loaded.tokenizer, first.token_ids[:2])
+    assert list(answer.logps) == pytest.approx(forced_logps(loaded.model, (5, 9, 30), answer.token_ids), abs=1e-4)
+
+
+def test_an_answer_cut_by_its_limit_has_no_end_token(loaded):
+    short, long = generate(loaded, [request(max_tokens=3), request(PROMPTS[2], max_tokens=9)])
+    assert short.finish_reason == long.finish_reason == "length"
+    assert len(short.token_ids) == 3
+    assert len(long.token_ids) == 9
+    assert not {1} & {*short.token_ids, *long.token_ids}
+
+
+def test_a_tight_nucleus_is_greedy(loaded):
+    greedy, nucleus = generate(loaded, [request(max_tokens=10), request(temperature=1.5, top_p=1e-6, max_tokens=10)])
+    assert nucleus.token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 8.0])
+def test_the_nucleus_is_that_of_transformers(vocabulary, top_p, sharpness):
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * sharpness
+    expected = TopPLogitsWarper(top_p)(None, logits).isfinite()
+    probabilities = logits.softmax(-1)
+    kept = nucleus(probabilities, torch.full((3, 1), top_p, dtype=torch.float64)) > 0
+    assert torch.equal(kept, expected)
+
+
+def test_rows_with_and_without_a_nucleus_share_a_batch():
+    probabilities = torch.tensor([[0.1, 0.6, 0.3], [0.1, 0.6, 0.3]])
+    kept = nucleus(probabilities, torch.tensor([[0.5], [1.0]]))
+    assert kept.tolist() == [pytest.approx([0, 0.6, 0]), pytest.approx([0.1, 0.6, 0.3])]
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says(loaded):
+    expected = loaded.model(torch.tensor([[5, 9, 30]])).logits[0, -1].float().softmax(-1)
+    answers = generate(loaded, [request(temperature=1.0, seed=s, max_tokens=1) for s in range(4000)])
+    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=258)
+    z = (counts - 4000 * expected) / (4000 * expected * (1 - expected)).sqrt()
+    assert z.abs().max() < 5
+    assert 0.7 < z.std() < 1.3
+
+
+def test_tokens_are_given_out_as_they_are_sampled(loaded):
+    seen: list[tuple[int, int]] = []
+    answers = generate(
+        loaded, [request(max_tokens=2), request((7,), max_tokens=4)], on_tokens=lambda r, t: seen.append((r, t))
+    )
+    assert [t for r, t in seen if r == 0] == list(answers[0].token_ids)
+    assert [t for r, t in seen if r == 1] == list(answers[1].token_ids)
+    assert [r for r, _ in seen] == [0, 1, 0, 1, 1, 1]
+
+
+def test_a_short_answer_is_complete_before_the_batch_is(loaded):
+    order: list[object] = []
+    answers = generate(
+        loaded,
+        [request(max_tokens=6), request((7,), max_tokens=2)],
+        on_tokens=lambda row, _: order.append(row),
+        on_completion=lambda row, answer: order.append((row, answer)),
+    )
+    assert order[:5] == [0, 1, 0, 1, (1, answers[1])]
+    assert order[-1] == (0, answers[0])
+
+
+def test_a_row_that_nobody_waits_for_ends_early_and_the_others_go_on(loaded):
+    tokens = [0, 0]
+
+    def count(row, _token):
+        tokens[row] += 1
+
+    stopped, other = generate(
+        loaded,
+        [request(max_tokens=30), request((7,), max_tokens=30)],
+        on_tokens=count,
+        should_stop=lambda row: row == 0 and tokens[0] >= 3,
+    )
+    alone = generate(loaded, [request((7,), max_tokens=30)])[0]
+    assert len(stopped.token_ids) == 3
+    assert stopped.finish_reason == "unknown"
+    assert other.token_ids == alone.token_ids
+
+
+def test_sampling_habits_of_a_model_folder_change_nothing(loaded, tiny_model):
+    habitual = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    habitual.generation_config.repetition_penalty = 3.0
+    habitual.generation_config.no_repeat_ngram_size = 1
+    habitual.generation_config.temperature = 0.1
+    plain = generate(loaded, [request(max_tokens=16), request(temperature=1.0, seed=1, max_tokens=16)])
+    assert (
+        generate(
+            Loaded(habitual, loaded.tokenizer, (1,)),
+            [request(max_tokens=16), request(temperature=1.0, seed=1, max_tokens=16)],
+        )
+        == plain
+    )
+
+
+def test_no_requests_give_no_answers(loaded):
+    assert generate(loaded, []) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (request(()), "without tokens"),
+        (request(max_tokens=0), "max_tokens"),
+        (request(top_p=0.0), "top_p"),
+        (request(temperature=-1.0), "temperature"),
+        (request(range(100), max_tokens=2000), "context of 2048"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_by_name(loaded, wrong, named):
+    assert context_window(loaded.model) == 2048
+    with pytest.raises(ModelError, match=named):
+        generate(loaded, [request(), wrong])

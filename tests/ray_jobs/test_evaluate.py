@@ -1,0 +1,171 @@
+"""The evaluate job on a real cluster: what is stored, what is not generated twice, how a fault is named."""
+
+import json
+import math
+import shutil
+
+import pytest
+import ray
+import torch
+
+from app.config import parse_recipe
+from app.errors import DataError
+from app.evaluation.perplexity import perplexity
+from app.evaluation.prompts import load_prompts
+from app.generation import GenerationRequest, generate
+from app.ledger import EvaluationRow, Ledger, RunRow, now
+from app.models import Lineage, load_model, register_folder, render_prompt
+from app.schemas import Message
+from app.storage import Home
+from ray_jobs import answers as answers_module
+from ray_jobs.evaluate import evaluate
+from tests.conftest import write_tiny_model
+
+LEARNING = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "ties": 0.0, "pairs": 40, "clusters": 30, "level": 0.95}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, tiny_model):
+    """A home with a tiny SFT model, another tiny model as candidate, and files to evaluate on."""
+    root = tmp_path_factory.mktemp("evaluate")
+    home = Home.at(root / "home")
+    ledger = Ledger.open(home.ledger_url)
+    sft_folder = shutil.copytree(tiny_model, root / "sft")
+    sft = register_folder(
+        home, ledger, sft_folder, name="sft", lineage=Lineage(kind="sft"), source=str(tiny_model.resolve())
+    )
+    other = write_tiny_model(root / "other", seed=1)
+    candidate = register_folder(home, ledger, other, name="new", lineage=Lineage(kind="full", run_id="run-1"))
+    with ledger.write() as session:
+        session.add(
+            RunRow(
+                run_id="run-1",
+                kind="train",
+                status="succeeded",
+                recipe={},
+                metrics={"learning": LEARNING},
+                attempt=1,
+                code_version="0",
+                created_at=now(),
+                updated_at=now(),
+            )
+        )
+    prompts = "".join(json.dumps({"prompt": f"say {i} things about {'xyz' * i}"}) + "\n" for i in range(1, 13))
+    (root / "prompts.jsonl").write_text(prompts)
+    style = {"name": "s", "rules": [{"name": "a", "pattern": "[a-m]", "weight": 1}], "edits": []}
+    (root / "style.json").write_text(json.dumps(style))
+    (root / "golden.jsonl").write_text('{"prompt": "anything", "must": ["."]}\n')
+    (root / "neutral.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    recipe = parse_recipe(
+        {
+            "name": "judged",
+            "model": {"sft": str(tiny_model.resolve())},
+            "serving": {"dtype": "float32"},
+            "evaluate": {
+                "prompts": str(root / "prompts.jsonl"),
+                "judge_rules": str(root / "style.json"),
+                "golden": str(root / "golden.jsonl"),
+                "neutral_text": str(root / "neutral.txt"),
+                "max_new_tokens": 8,
+                "batch_size": 5,
+                "gate": {"min_prompts": 10},
+            },
+        },
+        place="test",
+    )
+    yield home, ledger, recipe, sft, candidate
+    ledger.close()
+
+
+@pytest.fixture(scope="module")
+def verdict(cluster, stage):
+    home, ledger, recipe, _, candidate = stage
+    return evaluate(home, ledger, recipe, candidate.model_id, "run-1")
+
+
+def test_the_verdict_is_stored_beside_the_digest_of_the_weights(stage, verdict):
+    home, ledger, _, sft, candidate = stage
+    with ledger.read() as session:
+        row = session.get_one(EvaluationRow, verdict.evaluation_id)
+    assert (row.model_id, row.model_digest) == (candidate.model_id, candidate.digest)
+    assert (row.champion_id, row.sft_id) == (sft.model_id, sft.model_id)
+    assert row.verdict == "HOLD"
+    assert row.report["measurements"]["reward_accuracy"]["low"] == LEARNING["low"]
+    artifact = home.artifact("evaluations", row.evaluation_id)
+    artifact.verify()
+    report = json.loads(artifact.filesystem.cat_file(f"{artifact.path}/report.json"))
+    assert report == row.report
+    assert {"win_rate", "ci_low", "ci_high", "n_prompts", "length_ratio", "golden"} <= report["figures"].keys()
+    assert len(report["reasons"]) == sum(not rule["passed"] for rule in report["rules"]) > 0
+
+
+def test_answers_are_what_the_model_says_greedily(stage, verdict):
+    home, _, recipe, _, candidate = stage
+    (name, _) = verdict.report["answers"][candidate.model_id]
+    rows = home.artifact("answers", name).read_table(answers_module.ANSWER_SCHEMA).to_pylist()
+    assert len(rows) == 12
+    loaded = load_model(home, candidate.model_id, dtype="float32")
+    prompts = [prompt.text for prompt in load_prompts(recipe.evaluation().prompts).prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = tuple(render_prompt(loaded.tokenizer, [Message("user", prompt)], None))
+        (alone,) = generate(loaded, [GenerationRequest(ids, 0.0, 1.0, 8, None)])
+        assert (row["text"], row["n_tokens"]) == (alone.text, len(alone.token_ids))
+        assert row["finish_reason"] == alone.finish_reason
+
+
+def test_nothing_is_generated_twice(stage, verdict, monkeypatch):
+    home, ledger, recipe, _, candidate = stage
+    monkeypatch.setattr(answers_module.ray, "remote", lambda _cls: pytest.fail("a model was asked again"))
+    again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
+    assert again.evaluation_id == verdict.evaluation_id
+    # Other bounds: a new verdict from the answers that are kept.
+    stricter = recipe.model_dump(mode="json")
+    stricter["evaluate"]["gate"]["min_prompts"] = 500
+    judged = evaluate(home, ledger, parse_recipe(stricter, place="test"), candidate.model_id, "run-1")
+    assert judged.evaluation_id != verdict.evaluation_id
+    assert any("500 are needed" in reason for reason in judged.report["reasons"])
+
+
+def test_a_model_whose_answers_are_all_cut_wins_nothing_and_loses_nothing(cluster, stage):
+    home, ledger, recipe, sft, _ = stage
+    row = evaluate(home, ledger, recipe, sft.model_id, None)
+    assert row.verdict == "HOLD"
+    measured = row.report["measurements"]
+    assert measured["over_champion"]["wins"] == measured["over_champion"]["losses"] == 0
+    assert measured["over_champion"]["invalid_baseline"] == 12
+    assert measured["over_champion"]["estimate"]["method"] == measured["length_ratio"]["method"] == "empty"
+    assert measured["finished"] == {"candidate": 0.0, "champion": 0.0}
+    assert measured["perplexity"]["candidate"] == measured["perplexity"]["champion"]
+
+
+def test_an_unknown_model_and_missing_files_are_named_before_anything_runs(stage):
+    home, ledger, recipe, sft, _ = stage
+    with pytest.raises(DataError, match=r"no model `nobody`.*\n\n.*new-"):
+        evaluate(home, ledger, recipe, "nobody", None)
+    for key in ("prompts", "judge_rules", "golden", "neutral_text"):
+        tree = recipe.model_dump(mode="json")
+        tree["evaluate"][key] = "/nowhere/file"
+        with pytest.raises(DataError, match="/nowhere/file"):
+            evaluate(home, ledger, parse_recipe(tree, place="test"), sft.model_id, None)
+
+
+def test_perplexity_is_exp_of_the_mean_negative_log_likelihood(stage):
+    home, _, _, sft, _ = stage
+    loaded = load_model(home, sft.model_id, dtype="float32")
+    text = "abcdefgh" * 5
+    ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+    logps = loaded.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    assert perplexity(loaded, text, window=64) == pytest.approx(math.exp(-float(logps.mean())), rel=1e-5)
+    first, second = (ids[:, :20], ids[:, 20:])
+    parts = [loaded.model(p).logits[0, :-1].log_softmax(-1).gather(1, p[0, 1:, None]) for p in (first, second)]
+    expected = math.exp(-float(torch.cat(parts).mean()))
+    assert perplexity(loaded, text, window=20) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(DataError, match="too short"):
+        perplexity(loaded, "a")
