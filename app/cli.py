@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.errors import Interrupted, PrefloopError
+from app.errors import Interrupted, PrefloopError, RecipeError
 from app.storage import HOME_VARIABLE, Home
 
 cli = typer.Typer(
@@ -135,14 +135,19 @@ def loop(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
 @cli.command()
 def serve(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = [],  # noqa: B006
     detach: Annotated[bool, typer.Option("--detach", help="Return when healthy and leave it running.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Stop what --detach left running.")] = False,
 ) -> None:
     """Serve the champion behind the gateway and collect feedback."""
-    flags = [*(["--detach"] if detach else []), *(["--stop"] if stop else [])]
-    _job("serving.deploy", recipe, overrides, *flags)
+    if stop == (recipe is not None):
+        msg = "give a recipe to serve, or --stop alone"
+        raise RecipeError(msg)
+    if recipe is None:
+        _run([sys.executable, "-m", "serving.deploy", "--stop"])
+    else:
+        _job("serving.deploy", recipe, overrides, *(["--detach"] if detach else []))
 
 
 @cli.command()

@@ -253,6 +253,8 @@ def _checked(reply: httpx.Response, who: str) -> httpx.Response:
         503: "the service is starting or overloaded; try again in a moment",
     }
     hint = f"\n\nHint: {hints[reply.status_code]}." if reply.status_code in hints else ""
+    if "No available agent" in said:
+        hint = "\n\nHint: Ray's job agent is not up; another Ray on that machine may hold its port. Look at `dashboard_agent.log` of the Ray session."
     raise ServiceError(f"{who} refused with {reply.status_code}: {said[:500]}{hint}")
 
 

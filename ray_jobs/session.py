@@ -1,7 +1,7 @@
 """What every job does first and last: read the recipe, find the home and the ledger, reach a Ray cluster, exit well.
 
 Exit codes: 0 done (or shipped), 3 the gate holds, 130 interrupted, 1 any other error. A job run by hand joins the
-cluster that `prefloop serve` or `ray start` left running, else it starts a local one for itself.
+cluster of `RAY_ADDRESS` or of the running service, else it starts a local one for itself.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from typing import Any
 import ray
 
 from app.config import Recipe, load_recipe
-from app.errors import Interrupted, PrefloopError
+from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
+from app.services import ServeApi, Services, ray_token
 from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -80,15 +81,32 @@ def ray_cluster(home: Home) -> Any:
         "logging_level": "WARNING",
         "runtime_env": {"env_vars": environment},
     }
-    try:
-        ray.init(address="auto", **arguments)
-    except ConnectionError:
+    address = _running_cluster(home)
+    if address is None:
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
+    else:
+        if ray_token() is not None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        try:
+            ray.init(address=address, **arguments)
+        except (ConnectionError, RuntimeError) as error:
+            msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
+            raise ServiceError(msg) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _running_cluster(home: Home) -> str | None:
+    """Return the address of the cluster to join: the environment's, the recorded service's, or none."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    services = Services.read(home) if home.is_local else None
+    if services is not None and ServeApi(services.ray_dashboard_url).reachable():
+        return services.ray_address
+    return None
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -76,7 +76,7 @@ def stop(home: Home, services: Services) -> None:
     api = ServeApi(services.ray_dashboard_url)
     if api.reachable():
         try:
-            _remove(api)
+            _remove(home, api)
         except ServiceError:
             if services.ray_pid is None:
                 raise
@@ -139,6 +139,8 @@ def _start_cluster(home: Home) -> Services:
         # Jobs run `python`: it must be this one.
         "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}",  # noqa: PTH120
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # The application is drained before Ray is stopped; a node that drains once more only waits.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     log = home.local("ray.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -202,10 +204,11 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
             {"name": REPLICA, "user_config": {"model_id": champion.model_id, "revision": champion.revision}}
         ],
     }
-    others = [a for a in api.config()["applications"] if a["name"] != APPLICATION]
-    taken = [a["name"] for a in others if a.get("route_prefix") == "/"]
+    others = [a for a in api.config()["applications"] if not _is_ours(a, home)]
+    taken = [a for a in others if a["name"] == APPLICATION or a.get("route_prefix") == "/"]
     if taken:
-        msg = f"the application `{taken[0]}` of this cluster serves `/` already\n\nHint: remove it, or use a cluster of its own."
+        whose = (taken[0].get("args") or {}).get("home", "unknown")
+        msg = f"the application `{taken[0]['name']}` (home: {whose}) of this cluster serves `/` already\n\nHint: stop it, or use a cluster of its own."
         raise ServiceError(msg)
     api.put(
         {
@@ -242,14 +245,18 @@ def _reason(application: dict[str, Any]) -> str:
     return str((own or told or ["no reason given"])[-1])
 
 
-def _remove(api: ServeApi) -> None:
+def _remove(home: Home, api: ServeApi) -> None:
     config = api.config()
-    if not any(a["name"] == APPLICATION for a in config["applications"]):
+    if not any(_is_ours(application, home) for application in config["applications"]):
         return
-    api.put({**config, "applications": [a for a in config["applications"] if a["name"] != APPLICATION]})
+    api.put({**config, "applications": [a for a in config["applications"] if not _is_ours(a, home)]})
     end = time.monotonic() + _DRAIN_S
     while time.monotonic() < end and APPLICATION in api.details()["applications"]:
         time.sleep(0.3)
+
+
+def _is_ours(application: dict[str, Any], home: Home) -> bool:
+    return application["name"] == APPLICATION and (application.get("args") or {}).get("home") == home.uri
 
 
 def _ray_process(services: Services) -> psutil.Process | None:

@@ -40,7 +40,7 @@ class Endpoint:
 
     url: str
     api_key: str
-    model: str = "default"
+    model: str = "champion"
     timeout_s: float = 300.0
     patience_s: float = 120.0
     """How long a request is retried while the gateway is busy or away."""

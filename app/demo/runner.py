@@ -60,7 +60,7 @@ def run_demo(
         code = _child([sys.executable, "-m", "ray_jobs.loop", str(recipe), *arguments], home)
     finally:
         if mark.exists():
-            _child([sys.executable, "-m", "serving.deploy", str(recipe), *arguments, "--stop"], home)
+            _child([sys.executable, "-m", "serving.deploy", "--stop"], home)
             mark.unlink()
     if code not in (0, HOLD_EXIT_CODE):
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")

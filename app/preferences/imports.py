@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.config import PairSection
+from app.errors import DataError
 from app.ledger import Ledger, SnapshotRow
-from app.preferences.candidates import Rejection
+from app.preferences.candidates import Rejection, storable
 from app.preferences.formats import read_rows
 from app.preferences.quality import resolve
 from app.preferences.snapshots import check_name, write_pair_snapshot
 from app.storage import Home
 
-_SHOWN = 5
+_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def import_files(
     """Read files and write what can train as the pair snapshot `name`.
 
     Raises:
-        DataError: a file cannot be read (all such files are listed), or no row is left.
+        DataError: a file cannot be read (all such files are listed), or no row is left (with examples of each reason).
         RecipeError: the name is malformed.
     """
     check_name(name)
@@ -51,6 +53,10 @@ def import_files(
     pairs, later = resolve(reading.candidates)
     report = ImportReport(reading.rows, len(pairs), (*reading.rejections, *later))
     assert report.kept + len(report.rejections) == reading.rows, "rows were lost"  # noqa: S101
+    if not pairs:
+        found = "\n".join(f"  {n} {reason}: {_examples(report, reason)}" for reason, n in report.by_reason.most_common())
+        msg = f"none of the {report.rows} rows can train:\n{found}"
+        raise DataError(msg)
     row = write_pair_snapshot(
         home,
         ledger,
@@ -77,7 +83,11 @@ def print_import(console: Console, name: str, row: SnapshotRow, report: ImportRe
         return
     table = Table("left out", "rows", "for example", box=None)
     for reason, number in report.by_reason.most_common():
-        examples = [r for r in report.rejections if r.reason == reason][:_SHOWN]
-        table.add_row(reason, str(number), "; ".join(f"{Path(r.place).name}: {r.detail}" for r in examples[:2]))
+        table.add_row(reason, str(number), escape(_examples(report, reason)))
     console.print(table)
     console.print("all of them are kept beside the snapshot in quarantine-*.parquet", highlight=False)
+
+
+def _examples(report: ImportReport, reason: str) -> str:
+    found = [r for r in report.rejections if r.reason == reason][:_SHOWN]
+    return storable("; ".join(f"{Path(r.place).name}: {r.detail}" for r in found))

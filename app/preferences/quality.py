@@ -1,57 +1,52 @@
-"""Which candidates stay and on which side of the split they stand: duplicates, conflicts, caps, clusters.
+"""Which candidates train: each once, none against another, not too many of one prompt, on one side of the split.
 
-Where rows contradict one another, the more trusted source wins (edit > comparison > thumbs > judge > import); equally
-trusted ones are all left out, because nothing tells which is right. A cluster holds near-duplicate prompts and is on
-one side of the split as a whole, by the hash of its name. The order of the candidates changes nothing but which of
-several equal rows counts as the first. This module does not know where candidates come from.
+    resolve        exact duplicates, contradictions (by trust in the source), cap for each prompt
+    assign_splits  near-duplicate prompts share a cluster, and the hash of the cluster decides the side
+
+Results do not depend on the order of the candidates. This module does not know where they come from.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Final
 
 from app.near_duplicates import cluster_texts
 from app.preferences.candidates import Candidate, Rejection, answer_key
 from app.schemas import Pair, Source, Split, canonical_json, prompt_key
 
-_TRUST = tuple(source.value for source in Source)
+_TRUST: Final = {source.value: rank for rank, source in enumerate(Source)}
 
 
 def resolve(
     candidates: Iterable[Candidate], *, max_pairs_per_prompt: int | None = None
 ) -> tuple[list[Pair], list[Rejection]]:
-    """Settle duplicates, conflicts and caps.
+    """Settle duplicates, contradictions and caps; the kept rows and the rejections are together all candidates.
+
+    Candidates with the same prompt and answers are one row, of the most trusted source, with the events of all. Where
+    sources contradict (edit > comparison > thumbs > judge > import), the most trusted one is kept; equally trusted
+    ones are all rejected, because nothing tells which is right.
 
     Args:
         candidates: rows that may train.
         max_pairs_per_prompt: pairs of one prompt that stay, the most trusted first; None keeps all.
 
     Returns:
-        The pairs that stay, sorted by id, and a rejection for every other candidate.
+        The rows that stay, sorted by pair id, and a rejection for each other candidate.
     """
-    rejections: list[Rejection] = []
-    stances: dict[tuple[Any, ...], dict[tuple[Any, ...], Candidate]] = defaultdict(dict)
+    groups: dict[tuple[object, ...], list[_Entry]] = defaultdict(list)
     for candidate in candidates:
-        question, stance = _question(candidate.pair)
-        known = stances[question].get(stance)
-        if known is None:
-            stances[question][stance] = candidate
-            continue
-        first, second = sorted((known, candidate), key=lambda c: _TRUST.index(c.pair.source))
-        stances[question][stance] = replace(first, pair=_joined(first.pair, second.pair))
-        rejections.append(_rejection(second, "duplicate", f"says the same as {first.place}"))
-    settled: list[Candidate] = []
-    for sides in stances.values():
-        ordered = sorted(sides.values(), key=lambda c: _TRUST.index(c.pair.source))
-        best = [c for c in ordered if c.pair.source == ordered[0].pair.source]
-        losers = ordered if len(best) > 1 else ordered[1:]
-        rejections += [_rejection(c, "conflict", f"contradicted by {ordered[0].pair.source}") for c in losers]
-        settled += best if len(best) == 1 else []
-    kept, over = _capped(settled, max_pairs_per_prompt)
-    rejections += [_rejection(c, "over_prompt_cap", f"the prompt has {max_pairs_per_prompt} pairs") for c in over]
-    return sorted((c.pair for c in kept), key=lambda p: p.pair_id), rejections
+        entry = _Entry.of(candidate)
+        groups[entry.question].append(entry)
+    kept: list[_Entry] = []
+    rejections: list[Rejection] = []
+    for group in groups.values():
+        kept += _settle(group, rejections)
+    if max_pairs_per_prompt is not None:
+        kept = _cap(kept, max_pairs_per_prompt, rejections)
+    assert len(kept) + len(rejections) == sum(map(len, groups.values())), "rows were lost"  # noqa: S101
+    return [e.candidate.pair for e in sorted(kept, key=lambda e: e.pair_id)], rejections
 
 
 def assign_splits(pairs: Sequence[Pair], *, threshold: float, held_out_fraction: float) -> list[Pair]:
@@ -59,11 +54,12 @@ def assign_splits(pairs: Sequence[Pair], *, threshold: float, held_out_fraction:
 
     Args:
         pairs: rows without cluster.
-        threshold: Jaccard similarity of five-word runs that joins prompts.
-        held_out_fraction: share of clusters that is held out.
+        threshold: Jaccard similarity that joins prompts.
+        held_out_fraction: expected share of clusters that is held out.
     """
-    texts = ["\n".join(m.content or "" for m in pair.prompt if m.role != "system") for pair in pairs]
-    clusters = cluster_texts(texts, threshold=threshold)
+    # System prompts are shared by many conversations and would make them all alike.
+    spoken = [[m for m in pair.prompt if m.role not in ("system", "developer")] for pair in pairs]
+    clusters = cluster_texts(["\n".join(m.content or "" for m in said) for said in spoken], threshold=threshold)
     return [
         replace(pair, cluster=cluster, split=split_of(cluster, held_out_fraction).value)
         for pair, cluster in zip(pairs, clusters, strict=True)
@@ -76,52 +72,83 @@ def split_of(cluster: str, held_out_fraction: float) -> Split:
     return Split.HELD_OUT if share < held_out_fraction else Split.TRAIN
 
 
-def _question(pair: Pair) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what is judged, and the judgement: rows with one question and two judgements contradict one another."""
-    context = prompt_key(pair.prompt, pair.tools)
-    if pair.chosen is not None and pair.rejected is not None:
-        order = (answer_key(pair.chosen), answer_key(pair.rejected))
-        return (context, "pair", *sorted(order)), order
-    only = pair.chosen or pair.rejected
-    assert only is not None  # noqa: S101  a row has at least one answer
-    return (context, "unpaired", answer_key(only)), (pair.label,)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    candidate: Candidate
+    prompt: str
+    pair_id: str
+    question: tuple[object, ...]
+    """What is judged, whichever way."""
+    stance: object
+    """The judgement: two of them on one question contradict one another."""
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> "_Entry":
+        pair = candidate.pair
+        prompt = prompt_key(pair.prompt, pair.tools)
+        answers = [answer_key(r) for r in (pair.chosen, pair.rejected) if r is not None]
+        stance = pair.label if pair.label is not None else answers[0]
+        return cls(candidate, prompt, pair.pair_id, (prompt, pair.kind, frozenset(answers)), stance)
+
+    @property
+    def trust(self) -> int:
+        return _TRUST[self.candidate.pair.source]
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        pair = self.candidate.pair
+        return self.trust, self.pair_id, pair.created_at, pair.event_ids, self.candidate.place
 
 
-def _joined(first: Pair, second: Pair) -> Pair:
-    """Return `first` with the provenance of both."""
+def _settle(group: list[_Entry], rejections: list[Rejection]) -> list[_Entry]:
+    """Return the one row that a question leaves, or none."""
+    group.sort(key=lambda e: e.order)
+    first, *others = group
+    source, place = first.candidate.pair.source, first.candidate.place
+    if any(e.trust == first.trust and e.stance != first.stance for e in others):
+        rejections += [_reject(e, "conflict", f"source {source} also says the opposite") for e in group]
+        return []
+    for other in others:
+        if other.stance == first.stance:
+            rejections.append(_reject(other, "duplicate", f"says the same as {place}"))
+        else:
+            rejections.append(_reject(other, "conflict", f"{source} at {place} says the opposite"))
+    merged = _merged(first.candidate.pair, [e.candidate.pair for e in others if e.stance == first.stance])
+    return [replace(first, candidate=replace(first.candidate, pair=merged))]
+
+
+def _merged(pair: Pair, others: Sequence[Pair]) -> Pair:
+    """Return the pair with the provenance of all."""
+    everyone = (pair, *others)
     return replace(
-        first,
-        response_ids=tuple(sorted({*first.response_ids, *second.response_ids})),
-        event_ids=tuple(sorted({*first.event_ids, *second.event_ids})),
-        created_at=max(first.created_at, second.created_at),
+        pair,
+        response_ids=tuple(sorted({i for p in everyone for i in p.response_ids})),
+        event_ids=tuple(sorted({i for p in everyone for i in p.event_ids})),
+        subject=pair.subject if len({p.subject for p in everyone}) == 1 else None,
+        created_at=max(p.created_at for p in everyone),
     )
 
 
-def _capped(candidates: Sequence[Candidate], cap: int | None) -> tuple[list[Candidate], list[Candidate]]:
-    if cap is None:
-        return list(candidates), []
-    kept: list[Candidate] = []
-    over: list[Candidate] = []
-    by_prompt: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        if candidate.pair.kind == "pair":
-            by_prompt[prompt_key(candidate.pair.prompt, candidate.pair.tools)].append(candidate)
+def _cap(entries: Iterable[_Entry], limit: int, rejections: list[Rejection]) -> list[_Entry]:
+    def rank(entry: _Entry) -> tuple[object, ...]:
+        pair = entry.candidate.pair
+        models = {r.model_id for r in (pair.chosen, pair.rejected) if r is not None}
+        return entry.trust, len(models), entry.pair_id
+
+    kept: list[_Entry] = []
+    by_prompt: dict[str, list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.candidate.pair.kind == "pair":
+            by_prompt[entry.prompt].append(entry)
         else:
-            kept.append(candidate)
-    for members in by_prompt.values():
-        members.sort(key=lambda c: (_TRUST.index(c.pair.source), c.pair.pair_id))
-        kept += members[:cap]
-        over += members[cap:]
-    return kept, over
+            kept.append(entry)
+    for group in by_prompt.values():
+        group.sort(key=rank)
+        kept += group[:limit]
+        rejections += [_reject(e, "over_prompt_cap", f"its prompt has {limit} pairs") for e in group[limit:]]
+    return kept
 
 
-def _rejection(candidate: Candidate, reason: str, detail: str) -> Rejection:
-    pair = candidate.pair
-    raw = {
-        "prompt": [message.to_openai() for message in pair.prompt],
-        "chosen": None if pair.chosen is None else pair.chosen.content,
-        "rejected": None if pair.rejected is None else pair.rejected.content,
-        "label": pair.label,
-        "events": list(pair.event_ids),
-    }
-    return Rejection(candidate.place, reason, detail, canonical_json(raw))
+def _reject(entry: _Entry, reason: str, detail: str) -> Rejection:
+    raw = {**entry.candidate.pair.to_row(), "created_at": entry.candidate.pair.created_at.isoformat()}
+    return Rejection(entry.candidate.place, reason, detail, canonical_json(raw))

@@ -34,7 +34,7 @@ from ray_jobs.worker import SHUFFLE_WINDOW
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
     yield
     ray.shutdown()
 
