@@ -37,7 +37,7 @@ class PairSection(Section):
 
     max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
     min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
-    held_out_fraction: float = Field(0.1, gt=0, lt=0.9, description="Share of prompt clusters held out.")
+    held_out_fraction: float = Field(0.15, gt=0, lt=0.9, description="Share of prompt clusters held out.")
     since: datetime | None = Field(None, description="Only events from this time on; default: all.")
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity that joins prompts.")
     thumb_margin: int = Field(2, ge=1, description="Votes by which a disputed thumb must win.")
@@ -91,7 +91,7 @@ class TrainSection(Section):
     reference: Literal["adapter_off", "precomputed"] = Field(
         "precomputed", description="Where reference log-probabilities come from."
     )
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up, to zero.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")

@@ -400,9 +400,7 @@ class Ledger:
             _audit(session, actor, "champion", deployment, {"from": previous, "to": model_id, "reason": reason})
             return row
 
-    def restore_champion(
-        self, before: ChampionRow, *, expected_revision: int, actor: str, reason: str
-    ) -> ChampionRow:
+    def restore_champion(self, before: ChampionRow, *, expected_revision: int, actor: str, reason: str) -> ChampionRow:
         """Undo a move of the champion pointer, as a move of its own: model and previous model are those of `before`.
 
         Raises:

@@ -8,10 +8,12 @@ is ever run, and nothing is unpickled. This module does not know how a model is 
 
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 import app
 from app.errors import ModelError
@@ -77,6 +80,7 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
     Raises:
         ModelError: the folder has pickled weights, no chat template, or files that are not allowed.
     """
+    _quiet_libraries()
     known = _known_source(ledger, sft)
     if known is not None and home.artifact("models", known.model_id).exists():
         return known
@@ -169,6 +173,7 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
         DataError: the artifact is missing or differs from its manifest.
         ModelError: the folder holds something that must not be loaded.
     """
+    _quiet_libraries()
     artifact = home.artifact("models", model_id)
     manifest = artifact.verify()
     with artifact.local_copy() as folder:
@@ -266,6 +271,13 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return app.__version__
     return f"{app.__version__}+{commit}"
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars of loading and the notes of an import out of a command's output."""
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:

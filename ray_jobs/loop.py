@@ -185,7 +185,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 def _trained(
     home: Home, ledger: Ledger, recipe: Recipe, snapshot_id: str, run: LoopRun, console: Console
 ) -> dict[str, Any]:
-    result = train(home, ledger, recipe, snapshot_id, run_id=f"{run.run_id}-train")
+    result = train(home, ledger, recipe, snapshot_id, run_id=f"{run.run_id}-train", console=console)
     print_learning(console, result.learning)
     accuracy = result.learning.accuracy if result.learning else None
     return {

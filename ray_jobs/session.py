@@ -5,6 +5,7 @@ cluster of `RAY_ADDRESS` or of the running service, else it starts a local one f
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -77,8 +78,9 @@ def ray_cluster(home: Home) -> Any:
         environment[LEDGER_VARIABLE] = os.environ[LEDGER_VARIABLE]
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     arguments: dict[str, Any] = {
-        "log_to_driver": True,
-        "logging_level": "WARNING",
+        # What a worker prints is in Ray's logs; an error of a worker reaches the driver as an exception.
+        "log_to_driver": False,
+        "logging_level": "ERROR",
         "runtime_env": {"env_vars": environment},
     }
     address = _running_cluster(home)
@@ -93,6 +95,8 @@ def ray_cluster(home: Home) -> Any:
         except (ConnectionError, RuntimeError) as error:
             msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
             raise ServiceError(msg) from None
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:

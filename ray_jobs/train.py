@@ -11,13 +11,17 @@ import argparse
 import dataclasses
 import json
 import sys
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.data
 import ray.train
+import sqlalchemy as sa
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -79,8 +83,9 @@ def train(
     training_snapshot_id: str,
     *,
     run_id: str,
+    console: Console | None = None,
 ) -> TrainResult:
-    """Train one run to its end and register its model.
+    """Train one run to its end and register its model; progress is printed to the console.
 
     Raises:
         DataError: the snapshot does not fit the recipe or has too few pairs.
@@ -110,7 +115,8 @@ def train(
     )
     _record_start(ledger, recipe, task, reference)
     try:
-        _fit(home, recipe, snapshot, task)
+        with _progress(ledger, task, console):
+            _fit(home, recipe, snapshot, task)
     except TrainingFailedError as error:
         cause = _first_line(error)
         _record_end(ledger, run_id, status="failed", error=cause)
@@ -120,6 +126,38 @@ def train(
         _record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
     return _finish(home, ledger, recipe, task)
+
+
+@contextmanager
+def _progress(ledger: Ledger, task: TrainTask, console: Console | None) -> Iterator[None]:
+    """Print every tenth part of a run, as the controller writes its steps to the ledger."""
+    if console is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        shown = 0
+        newest = sa.select(RunStepRow).where(RunStepRow.run_id == task.identity.run_id)
+        while not ended.wait(1.0):
+            with ledger.read() as session:
+                row = session.scalar(newest.order_by(RunStepRow.step.desc()).limit(1))
+            if row is not None and 10 * row.step // task.total_steps > shown:
+                shown = 10 * row.step // task.total_steps
+                metrics = row.metrics
+                console.print(
+                    f"train: step {row.step} of {task.total_steps}, loss {metrics['loss']:.3f}, reward accuracy "
+                    f"{metrics['reward_accuracy']:.0%}, {metrics['pairs'] / metrics['seconds']:.1f} pairs/s",
+                    highlight=False,
+                )
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow) -> None:
@@ -287,7 +325,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
             print_summary(console, row)
             snapshot_id = row.snapshot_id
         run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
-        result = train(home, ledger, recipe, snapshot_id, run_id=run_id)
+        result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
     print_learning(console, result.learning)
     console.print(
         f"run {result.run_id}: {result.steps} steps, model [bold]{result.model.model_id}[/bold]", highlight=False

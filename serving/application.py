@@ -4,7 +4,9 @@
 comes with the replicas' `user_config`, so that shipping another one restarts no process.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +19,7 @@ from app.ledger import Ledger
 from app.services import REPLICA
 from app.storage import Home
 from serving.gateway import Limits, create_app
-from serving.messages import Busy, Event, Question, ReplicaStatus, Unavailable
+from serving.messages import Answer, Busy, Event, Question, Refusal, ReplicaStatus, Unavailable
 from serving.recorder import Recorder
 from serving.replica import Replica
 
@@ -64,15 +66,20 @@ class ReplicaSet:
     async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
         """Let one replica answer; closing this early tells it to stop."""
         response = self._answer.remote(question)
+        ended = False
         try:
             async for event in response:
+                ended = isinstance(event, Answer | Refusal)
                 yield event
         except BackPressureError:
             raise Busy from None
         except (RayError, RayServeException):
             raise Unavailable from None
-        finally:
-            response.cancel()
+        except (GeneratorExit, asyncio.CancelledError):
+            if not ended:
+                with suppress(RayError, RayServeException):
+                    response.cancel()
+            raise
 
     async def status(self) -> list[ReplicaStatus]:
         """Ask every replica what it serves; one that does not answer is listed with an error."""

@@ -54,7 +54,9 @@ def import_files(
     report = ImportReport(reading.rows, len(pairs), (*reading.rejections, *later))
     assert report.kept + len(report.rejections) == reading.rows, "rows were lost"  # noqa: S101
     if not pairs:
-        found = "\n".join(f"  {n} {reason}: {_examples(report, reason)}" for reason, n in report.by_reason.most_common())
+        found = "\n".join(
+            f"  {n} {reason}: {_examples(report, reason)}" for reason, n in report.by_reason.most_common()
+        )
         msg = f"none of the {report.rows} rows can train:\n{found}"
         raise DataError(msg)
     row = write_pair_snapshot(

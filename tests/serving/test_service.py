@@ -26,7 +26,7 @@ import yaml
 
 from app.config import Recipe, load_recipe
 from app.errors import DataError, ServiceError
-from app.ledger import EvaluationRow, FeedbackRow, Ledger, ResponseRow, now
+from app.ledger import EvaluationRow, FeedbackRow, Ledger, ModelRow, ResponseRow, now
 from app.models import Lineage, ensure_sft, load_model, save_model
 from app.services import ServeApi, Services
 from app.storage import Home
@@ -88,8 +88,6 @@ def variant(home, ledger, sft, name, change):
 def judge(ledger, model_id, verdict, *, digest=None):
     champion = ledger.champion("default")
     with ledger.write() as session:
-        from app.ledger import ModelRow
-
         row = EvaluationRow(
             evaluation_id=f"eval-{model_id}-{time.monotonic_ns()}",
             model_id=model_id,
@@ -264,19 +262,25 @@ def test_a_client_that_leaves_frees_its_row_and_leaves_no_record(stage):
 
 
 def test_a_full_queue_answers_429_and_nothing_fails(stage):
+    client = stage.client(timeout=60)
+    long = client.chat.completions.create(
+        model="champion", messages=PROMPT, temperature=0, max_tokens=2000, stream=True
+    )
+    next(long)
+
     def send(_):
         try:
-            stage.client().chat.completions.create(
-                model="champion", messages=PROMPT, temperature=0, max_tokens=150, timeout=60
-            )
+            client.chat.completions.create(model="champion", messages=PROMPT, max_tokens=2)
         except openai.RateLimitError as error:
             return error.response.headers["retry-after"]
         return "answered"
 
     with ThreadPoolExecutor(40) as pool:
         outcomes = list(pool.map(send, range(40)))
+    *_, last = long
+    assert last.choices[0].finish_reason == "length"
     assert set(outcomes) == {"answered", "5"}
-    assert outcomes.count("answered") >= 16
+    assert outcomes.count("answered") >= 7
 
 
 @pytest.mark.parametrize("verdict", [None, "HOLD"])
@@ -310,7 +314,7 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
             opened.wait(30)
             *_, last = chunks
             return first.model, last.model, last.choices[0].finish_reason, time.monotonic()
-        except Exception as error:
+        except (openai.OpenAIError, StopIteration) as error:
             failures.append(repr(error))
             raise
 
@@ -319,7 +323,7 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
             try:
                 reply = client.chat.completions.create(model="champion", messages=PROMPT, max_tokens=3)
                 answered.append((reply.id, reply.model))
-            except Exception as error:
+            except openai.OpenAIError as error:
                 failures.append(repr(error))
 
     with ThreadPoolExecutor(5) as pool:
