@@ -11,7 +11,7 @@ from dashboard.advice import age
 from dashboard.parts import Standing
 from dashboard.service import Jobs
 
-_JOB = "ship"
+_SHIP, _ROLL_BACK = "ship", "rollback"
 _LIMIT = 200
 
 
@@ -25,10 +25,16 @@ def page() -> None:
         st.title("Models", anchor=False)
         _roll_back_button(where, running, champion)
     parts.follow_job(
-        _JOB,
+        _SHIP,
         running,
-        done="The champion changed: the next answer comes from it.",
+        done="Shipped: the next answer comes from the new champion.",
         held="The gate holds this model. Nothing was shipped.",
+    )
+    parts.follow_job(
+        _ROLL_BACK,
+        running,
+        done="Rolled back: the next answer comes from the previous champion.",
+        held="There is no previous champion to go back to.",
     )
     found = reads.models(ledger, limit=_LIMIT)
     if not found:
@@ -136,7 +142,7 @@ def _obstacle(
         return f"No running service: prefloop serve {where.recipe_name}"
     if where.recipe_path is None:
         return "Start this dashboard with a recipe to ship: prefloop dashboard RECIPE.yaml"
-    if parts.job_is_running(_JOB):
+    if _moving():
         return "A ship or rollback is running."
     return None
 
@@ -190,7 +196,7 @@ def _confirm_ship(model_id: str, champion_id: str | None, running: Jobs) -> None
 
 def _roll_back_button(where: Standing, running: Jobs | None, champion: ChampionRow | None) -> None:
     previous = champion.previous_model_id if champion else None
-    off = previous is None or running is None or where.recipe_path is None or parts.job_is_running(_JOB)
+    off = previous is None or running is None or where.recipe_path is None or _moving()
     pressed = st.button("Roll back", icon=":material/undo:", disabled=off)
     if pressed and champion and previous and running:
         _confirm_roll_back(champion.model_id, previous, running)
@@ -205,11 +211,17 @@ def _confirm_roll_back(champion_id: str, previous_id: str, running: Jobs) -> Non
 
 
 def _ship(running: Jobs, model_id: str) -> None:
-    parts.start_job(_JOB, lambda submission_id: running.ship(model_id, submission_id=submission_id))
+    parts.dismiss_job(_ROLL_BACK)
+    parts.start_job(_SHIP, lambda submission_id: running.ship(model_id, submission_id=submission_id))
 
 
 def _roll_back(running: Jobs) -> None:
-    parts.start_job(_JOB, lambda submission_id: running.roll_back(submission_id=submission_id))
+    parts.dismiss_job(_SHIP)
+    parts.start_job(_ROLL_BACK, lambda submission_id: running.roll_back(submission_id=submission_id))
+
+
+def _moving() -> bool:
+    return parts.job_is_running(_SHIP) or parts.job_is_running(_ROLL_BACK)
 
 
 def _lineage(ledger: Ledger, where: Standing, row: ModelRow) -> None:

@@ -122,6 +122,12 @@ def job_is_running(slot: str) -> bool:
     return slot in st.session_state and _over(slot) not in st.session_state
 
 
+def dismiss_job(slot: str) -> None:
+    """Forget the job of a slot, which goes on if it has not ended."""
+    for name in (slot, _over(slot), _failed(slot)):
+        st.session_state.pop(name, None)
+
+
 def follow_job(slot: str, running: Jobs | None, *, done: str, held: str) -> None:
     """Show the job of a slot until it is dismissed, and rerun the page when it ends.
 
@@ -160,7 +166,7 @@ def _job_card(slot: str, running: Jobs, done: str, held: str) -> None:
         with st.expander("Log of the job", expanded=job.status == "FAILED" and not job.held):
             st.code(log or job.message or "nothing yet", language=None, height=220)
         if job.is_over and st.button("Dismiss", key=f"{slot}-dismiss", type="tertiary"):
-            del st.session_state[slot]
+            dismiss_job(slot)
             st.rerun()
 
 

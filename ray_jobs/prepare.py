@@ -110,7 +110,7 @@ def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Reci
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    blocks = max(1, min(len(groups) // _SCORE_BATCH, 8 * workers.workers))
+    blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
     scored = (
         ray.data.from_arrow(unscored)
         .repartition(blocks)

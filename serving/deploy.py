@@ -113,8 +113,12 @@ def _find_cluster(known: Services | None) -> Services | None:
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("http"):
         return Services("", address.rstrip("/"), "auto")
-    if address:
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if address and address != "local":
+        try:
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            msg = f"no Ray cluster answers at RAY_ADDRESS `{address}`: {error}\n\nHint: start it, or unset RAY_ADDRESS to get one of its own."
+            raise ServiceError(msg) from None
         try:
             found, dashboard = str(ray.get_runtime_context().gcs_address), str(context.dashboard_url)
         finally:

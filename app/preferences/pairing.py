@@ -12,6 +12,7 @@ with a reason, never both. This module does not know the ledger, duplicates, cap
 import difflib
 import hashlib
 import itertools
+import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -28,7 +29,8 @@ from app.schemas import FinishReason, Message, Pair, Response, Source, canonical
 _BETTER_IS_FIRST: Final = ("A>>B", "A>B")
 _BETTER_IS_SECOND: Final = ("B>>A", "B>A")
 _CROSSES_PER_CAP: Final = 8
-_LONG_TEXT: Final = 5000
+_ALIGNED: Final = 500 * 500
+_TOKEN: Final = re.compile(r"\w+|\W")
 
 Item = TypeVar("Item")
 
@@ -355,11 +357,17 @@ def _compared(event: Event, log: _Log) -> tuple[Answer, Answer]:
 
 
 def _similarity(before: str, after: str) -> float:
-    if max(len(before), len(after)) <= _LONG_TEXT:
-        return difflib.SequenceMatcher(None, before, after, autojunk=False).ratio()
-    # Matching characters is quadratic; in long texts words tell as much.
-    old, new = (re.findall(r"\w+|\W", text) for text in (before, after))
-    return difflib.SequenceMatcher[str](None, old, new, autojunk=False).ratio()
+    """Return the share of characters that match, 0 to 1."""
+    start = len(os.path.commonprefix([before, after]))
+    end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
+    old, new = before[start : len(before) - end], after[start : len(after) - end]
+    if len(old) * len(new) <= _ALIGNED:
+        matched = sum(m.size for m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks())
+    else:
+        # Aligning characters takes hours on long answers that repeat themselves; there, words in common tell as much.
+        shared = Counter(_TOKEN.findall(old)) & Counter(_TOKEN.findall(new))
+        matched = sum(len(token) * n for token, n in shared.items())
+    return 2 * (start + end + matched) / (len(before) + len(after))
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

@@ -192,20 +192,19 @@ def test_a_person_judges_ships_and_rolls_back(live: Live, page: Page) -> None:
     open_page(page, "Models")
     page.get_by_role("button", name="Ship", exact=True).click()
     page.get_by_role("button", name="Ship it").click()
-    expect(page.get_by_text("The champion changed")).to_be_visible(timeout=JOB_S * 1000)
+    expect(page.get_by_text("Shipped:")).to_be_visible(timeout=JOB_S * 1000)
     open_page(page, "Chat")
     ask(page, "And now?")
     expect(page.get_by_text(NEW_WORDS, exact=True)).to_be_visible()
     assert spoken_by(page) == live.new_id
 
     open_page(page, "Models")
-    page.get_by_role("button", name="Dismiss").click()
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="Roll it back").click()
-    expect(page.get_by_text("The champion changed")).to_be_visible(timeout=JOB_S * 1000)
+    expect(page.get_by_text("Rolled back:")).to_be_visible(timeout=JOB_S * 1000)
     open_page(page, "Chat")
     ask(page, "Who speaks?")
-    expect(page.get_by_text(OLD_WORDS, exact=True)).to_be_visible()
+    expect(page.get_by_test_id("stChatMessage").last).to_contain_text(OLD_WORDS)
     assert spoken_by(page) == live.old_id
 
     with live.ledger.read() as session:

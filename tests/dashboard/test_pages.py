@@ -257,7 +257,15 @@ def test_a_model_that_passed_is_shipped_after_a_confirmation(ledger: Ledger, ser
     assert "-m ray_jobs.ship" in job["entrypoint"]
     assert "--model seen-111111111111 --actor dashboard:" in job["entrypoint"]
     tab.run()
-    assert "The champion changed" in words(tab)
+    assert "Shipped: the next answer comes from the new champion." in words(tab)
+
+
+def test_the_card_of_a_job_is_shown_until_it_is_dismissed(ledger: Ledger, service: FakeService) -> None:
+    stage.add_model(ledger, "seen-111111111111", verdict="SHIP")
+    tab = press(press(opened("models.py"), "Ship"), "Ship it")
+    tab.run()
+    press(tab, "Dismiss")
+    assert "Shipped" not in words(tab)
 
 
 def test_roll_back_submits_the_job_for_the_previous_model(ledger: Ledger, service: FakeService) -> None:
@@ -268,7 +276,7 @@ def test_roll_back_submits_the_job_for_the_previous_model(ledger: Ledger, servic
     (job,) = service.jobs.values()
     assert "--rollback" in job["entrypoint"]
     assert job["metadata"]["actor"].startswith("dashboard:")
-    assert tab.session_state["ship"] in service.jobs
+    assert tab.session_state["rollback"] in service.jobs
 
 
 @pytest.mark.parametrize("exit_code, said", [(3, "The gate holds this model."), (1, "failed with exit code 1")])

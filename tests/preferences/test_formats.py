@@ -341,7 +341,11 @@ FIELDS = st.sampled_from(
 )
 
 
-@given(rows=st.lists(st.dictionaries(FIELDS, JSON, max_size=4) | st.binary(max_size=9).map(lambda b: b + b"\n"), max_size=6))
+@given(
+    rows=st.lists(
+        st.dictionaries(FIELDS, JSON, max_size=4) | st.binary(max_size=9).map(lambda b: b + b"\n"), max_size=6
+    )
+)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_whatever_stands_in_a_file_no_row_is_lost(tmp_path_factory, rows):
     path = write(tmp_path_factory.mktemp("any"), {"prompt": "p", "chosen": "a", "rejected": "b"}, *rows)
@@ -349,7 +353,7 @@ def test_whatever_stands_in_a_file_no_row_is_lost(tmp_path_factory, rows):
     try:
         reading = read_rows([path])
     except DataError as refused:
-        assert "cannot be read" in str(refused)  # noqa: PT017
+        assert "cannot be read" in str(refused)
         return
     assert len(reading.candidates) + len(reading.rejections) == reading.rows == len(lines)
     for rejection in reading.rejections:

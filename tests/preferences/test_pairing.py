@@ -91,7 +91,11 @@ def test_a_pair_carries_where_it_came_from():
     assert pair.event_ids == (up.event_id, down.event_id)
     assert pair.subject == subject_hash("ana") != "ana"
     assert pair.created_at == down.created_at
-    assert (pair.chosen.token_ids, pair.chosen.template_digest, pair.chosen.model_id) == ((5, 6, 1), "template", "model-1")
+    assert (pair.chosen.token_ids, pair.chosen.template_digest, pair.chosen.model_id) == (
+        (5, 6, 1),
+        "template",
+        "model-1",
+    )
     assert (pair.source, pair.weight, pair.chosen.response_id) == ("thumbs", 1.0, "a")
 
 
@@ -128,7 +132,11 @@ def test_events_without_a_subject_do_not_revise_one_another():
 def test_an_edit_beats_the_original():
     edit = event("edit", "a", "first, but better")
     pair = made([A], [edit]).candidates[0].pair
-    assert (pair.chosen.content, pair.chosen.finish_reason, pair.chosen.token_ids) == ("first, but better", "stop", None)
+    assert (pair.chosen.content, pair.chosen.finish_reason, pair.chosen.token_ids) == (
+        "first, but better",
+        "stop",
+        None,
+    )
     assert (pair.rejected, pair.source, pair.event_ids) == (A.response, "edit", (edit.event_id,))
 
 
@@ -167,9 +175,11 @@ def test_edits_that_teach_nothing_are_left_out_and_counted(edited, reason):
     assert pairing.report.edit_classes == {reason.removeprefix("edit_"): 1}
 
 
-def test_long_edits_are_classified_in_reasonable_time():
+def test_edits_of_long_and_looping_answers_are_classified_at_once():
     long = TEXT * 100
-    assert classify_edit(long, long.replace("fox", "cat"), cosmetic=0.99, rewrite=0.3) == EditClass.SUBSTANTIVE
+    assert classify_edit(long, long.replace("fox", "red cat"), cosmetic=0.98, rewrite=0.3) == EditClass.SUBSTANTIVE
+    assert classify_edit("a" * 5000, "ab" * 2500, cosmetic=0.98, rewrite=0.3) == EditClass.REWRITE
+    assert classify_edit(long, long + "Really.", cosmetic=0.98, rewrite=0.3) == EditClass.COSMETIC
 
 
 @pytest.mark.parametrize(

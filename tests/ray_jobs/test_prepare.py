@@ -1,0 +1,118 @@
+"""Prepare: the second round's reference is the champion that was served, to the number."""
+
+from datetime import UTC, datetime
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.config import PairSection, parse_recipe
+from app.errors import DataError
+from app.generation import GenerationRequest, generate
+from app.models import Lineage, ensure_sft, load_model, render_prompt, save_model
+from app.preferences.snapshots import write_pair_snapshot
+from app.schemas import Message, Pair, Response, Split
+from app.training.snapshots import read_groups
+from ray_jobs.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+def recipe_for(sft, **model):
+    tree = {
+        "name": "tiny",
+        "model": {"sft": str(sft), **model},
+        "prepare": {"max_length": 256},
+        "train": {"dtype": "float32", "micro_batch_tokens": 128},
+        "workers": {"workers": 2, "cpus_per_worker": 1},
+    }
+    return parse_recipe(tree, place="test")
+
+
+def ship_another_model(home, ledger, sft_folder):
+    sft = ensure_sft(home, ledger, str(sft_folder))
+    ledger.set_champion("default", sft.model_id, expected_revision=0, actor="test", reason="first")
+    model = AutoModelForCausalLM.from_pretrained(sft_folder)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    tokenizer = AutoTokenizer.from_pretrained(sft_folder)
+    champion = save_model(home, ledger, model, tokenizer, name="round1", lineage=Lineage("merged", sft.model_id))
+    ledger.set_champion("default", champion.model_id, expected_revision=1, actor="test", reason="better")
+    return sft, champion
+
+
+def served_pairs(home, model_id, count=6):
+    """Two sampled answers to each prompt, as the gateway records them, with the log-probabilities it reports."""
+    loaded = load_model(home, model_id, dtype="float32")
+    pairs, logps = [], {}
+    for i in range(count):
+        prompt = (Message("user", f"Question number {i}, please"),)
+        ids = tuple(render_prompt(loaded.tokenizer, prompt, None))
+        asked = [GenerationRequest(ids, temperature=1.0, top_p=1.0, max_tokens=12, seed=10 * i + k) for k in range(2)]
+        answers = generate(loaded, asked)
+        logps |= {answer.token_ids: answer.logp for answer in answers}
+        responses = [
+            Response(a.text or "x", a.finish_reason, a.token_ids, loaded.template_digest, model_id) for a in answers
+        ]
+        pairs.append(
+            Pair(
+                prompt,
+                *responses,
+                source="comparison",
+                split="",
+                cluster="",
+                created_at=datetime(2026, 1, 1, tzinfo=UTC),
+            )
+        )
+    return pairs, logps
+
+
+def write(home, ledger, pairs):
+    section = PairSection(held_out_fraction=0.3)
+    row = write_pair_snapshot(home, ledger, pairs, section=section, quarantine=(), counts={}, origin={"kind": "ledger"})
+    return row.snapshot_id
+
+
+def scored(home, snapshot_id):
+    artifact = home.artifact("training", snapshot_id)
+    groups = [group for split in Split for group in read_groups(artifact, split)]
+    return {ids: logp for g in groups for ids, logp in zip(g.responses, g.reference_logps, strict=True)}
+
+
+def test_the_reference_of_round_2_is_the_served_champion_and_not_the_sft_model(cluster, home, ledger, tiny_model):
+    _, champion = ship_another_model(home, ledger, tiny_model)
+    pairs, served = served_pairs(home, champion.model_id)
+    pair_snapshot = write(home, ledger, pairs)
+    row = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
+    assert row.manifest["binding"]["reference_digest"] == champion.digest
+    found = scored(home, row.snapshot_id)
+    assert found.keys() == served.keys()
+    for ids, logp in served.items():
+        assert found[ids] == pytest.approx(logp, abs=1e-3)
+    other = prepare(home, ledger, recipe_for(tiny_model, reference_model="sft"), pair_snapshot)
+    assert other.snapshot_id != row.snapshot_id
+    against_sft = scored(home, other.snapshot_id)
+    assert max(abs(against_sft[ids] - logp) for ids, logp in served.items()) > 0.5
+
+
+def test_preparing_again_gives_the_same_snapshot(cluster, home, ledger, tiny_model):
+    _, champion = ship_another_model(home, ledger, tiny_model)
+    pairs, _ = served_pairs(home, champion.model_id, count=4)
+    pair_snapshot = write(home, ledger, pairs)
+    first = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
+    assert prepare(home, ledger, recipe_for(tiny_model), pair_snapshot).snapshot_id == first.snapshot_id
+
+
+def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, ledger, tiny_model):
+    pairs = [Pair((Message("user", "x" * 400),), Response("a"), Response("b"), "import", "", "")]
+    pair_snapshot = write(home, ledger, pairs)
+    with pytest.raises(DataError, match="can train: 1 prompt_longer_than_window"):
+        prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
