@@ -3,15 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full lint format browser clean
 
 demo: $(STAMP)
 	$(BIN)/prefloop demo $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/pytest -m "not full" $(ARGS)
 
-test-full: $(STAMP)
+test-full: $(STAMP) browser
 	$(BIN)/pytest $(ARGS)
 
 lint: $(STAMP)
@@ -23,6 +23,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The browser test runs Debian's Chromium; without root it must be there already.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "chromium is missing: install Debian's package chromium to run the browser test"
 
 # torch first: with it in place no other package pulls another build of it.
 $(STAMP): requirements.lock pyproject.toml

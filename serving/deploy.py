@@ -115,8 +115,12 @@ def _find_cluster(known: Services | None) -> Services | None:
         return Services("", address.rstrip("/"), "auto")
     if address and address != "local":
         try:
+            host, _, port = address.rpartition(":")
+            if port.isdigit():
+                # Ray itself would try for minutes.
+                socket.create_connection((host, int(port)), timeout=10).close()
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             msg = f"no Ray cluster answers at RAY_ADDRESS `{address}`: {error}\n\nHint: start it, or unset RAY_ADDRESS to get one of its own."
             raise ServiceError(msg) from None
         try:
@@ -131,11 +135,12 @@ def _find_cluster(known: Services | None) -> Services | None:
 
 def _start_cluster(home: Home) -> Services:
     _ensure_ray_token()
-    port, dashboard_port, client_port = (_free_port(p) for p in (6379, 8265, 10001))
+    port, dashboard_port, client_port, agent_port = (_free_port(p) for p in (6379, 8265, 10001, 52365))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--num-cpus", str(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1))]
     command += ["--port", str(port), "--dashboard-host", _LOOPBACK, "--dashboard-port", str(dashboard_port)]
-    command += ["--ray-client-server-port", str(client_port)]
+    # Two Rays on one machine cannot share the agent's port; without an agent no job starts.
+    command += ["--ray-client-server-port", str(client_port), "--dashboard-agent-listen-port", str(agent_port)]
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),

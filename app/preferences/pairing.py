@@ -12,7 +12,6 @@ with a reason, never both. This module does not know the ledger, duplicates, cap
 import difflib
 import hashlib
 import itertools
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -358,8 +357,8 @@ def _compared(event: Event, log: _Log) -> tuple[Answer, Answer]:
 
 def _similarity(before: str, after: str) -> float:
     """Return the share of characters that match, 0 to 1."""
-    start = len(os.path.commonprefix([before, after]))
-    end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
+    start = _shared_start(before, after)
+    end = _shared_start(before[start:][::-1], after[start:][::-1])
     old, new = before[start : len(before) - end], after[start : len(after) - end]
     if len(old) * len(new) <= _ALIGNED:
         matched = sum(m.size for m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks())
@@ -368,6 +367,10 @@ def _similarity(before: str, after: str) -> float:
         shared = Counter(_TOKEN.findall(old)) & Counter(_TOKEN.findall(new))
         matched = sum(len(token) * n for token, n in shared.items())
     return 2 * (start + end + matched) / (len(before) + len(after))
+
+
+def _shared_start(left: str, right: str) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda couple: couple[0] == couple[1], zip(left, right, strict=False)))
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

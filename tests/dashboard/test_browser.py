@@ -36,7 +36,7 @@ OLD_WORDS = "the first model says that tea is best when it boils for long"
 NEW_WORDS = "my successor answers now and every cup of coffee tastes fresh"
 EDIT = " and never any longer than four minutes"
 PAYLOAD = "<img src='http://evil.example/x.png' onerror=alert(1)>"
-START_S, JOB_S = 120, 60
+START_S, JOB_S, STEP_S = 180, 120, 20
 CHROMIUM_ARGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -145,12 +145,13 @@ def page(live: Live, tmp_path: Path) -> Iterator[Page]:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("no `chromium` on this machine: run `make browser` as root, or install Debian's package chromium")
+    expect.set_options(timeout=STEP_S * 1000)
     outside: list[str] = []
     dialogs: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGS)
         page = browser.new_page(viewport={"width": 1360, "height": 1000})
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(STEP_S * 1000)
         page.on("request", lambda r: outside.append(r.url) if not is_local(r.url) else None)
         page.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
         try:
