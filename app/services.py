@@ -124,6 +124,17 @@ class ServeApi:
             raise ServiceError(msg) from None
 
 
+def submitted_runtime_env() -> dict[str, Any]:
+    """Return the runtime environment with which Ray was asked to run this job, or an empty one outside of a job.
+
+    What a job starts must be given the same code (`working_dir`), and Ray refuses variables that are named twice.
+    """
+    environment: dict[str, Any] = (
+        json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    )
+    return environment
+
+
 def ray_token_path() -> Path:
     """Return where Ray looks for its token."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

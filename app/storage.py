@@ -204,7 +204,10 @@ class Artifact:
     def write_rows(
         self, rows: Iterable[dict[str, Any]], schema: pa.Schema, *, rows_per_file: int, stem: str = "part"
     ) -> int:
-        """Write rows to `STEM-00000.parquet`, …, cast to the schema, with page checksums; return their number."""
+        """Write rows to `STEM-00000.parquet`, …, cast to the schema, with page checksums; return their number.
+
+        Each file appears whole, and files that an interrupted write left behind are removed.
+        """
         filesystem, root = self.filesystem, self.path
         filesystem.makedirs(root, exist_ok=True)
         total, part = 0, 0
@@ -213,8 +216,9 @@ class Artifact:
         def flush() -> None:
             nonlocal part
             table = pa.Table.from_pylist(buffer, schema=schema)
-            with filesystem.open(f"{root}/{stem}-{part:05d}.parquet", "wb") as stream:
-                pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+            write_atomically(filesystem, f"{root}/{stem}-{part:05d}.parquet", sink.getvalue().to_pybytes())
             part += 1
             buffer.clear()
 
@@ -225,6 +229,8 @@ class Artifact:
                 flush()
         if buffer or not part:
             flush()
+        for stale in self.part_uris(stem)[part:]:
+            filesystem.rm_file(stale)
         return total
 
     def part_uris(self, stem: str = "part") -> list[str]:

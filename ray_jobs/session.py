@@ -20,7 +20,7 @@ import ray
 from app.config import Recipe, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
-from app.services import ServeApi, Services, ray_token
+from app.services import ServeApi, Services, ray_token, submitted_runtime_env
 from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -76,6 +76,8 @@ def ray_cluster(home: Home) -> Any:
     environment = {HOME_VARIABLE: home.uri, **_QUIET}
     if LEDGER_VARIABLE in os.environ:
         environment[LEDGER_VARIABLE] = os.environ[LEDGER_VARIABLE]
+    submitted = submitted_runtime_env().get("env_vars", {})
+    environment = {name: value for name, value in environment.items() if name not in submitted}
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     arguments: dict[str, Any] = {
         # What a worker prints is in Ray's logs; an error of a worker reaches the driver as an exception.

@@ -28,7 +28,16 @@ from app.config import Recipe, ServingSection, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import ChampionRow, Ledger
 from app.models import ensure_sft
-from app.services import APPLICATION, REPLICA, ServeApi, Services, forget_services, ray_token, ray_token_path
+from app.services import (
+    APPLICATION,
+    REPLICA,
+    ServeApi,
+    Services,
+    forget_services,
+    ray_token,
+    ray_token_path,
+    submitted_runtime_env,
+)
 from app.storage import HOME_VARIABLE, Home
 from serving.application import ServiceArgs
 
@@ -202,13 +211,15 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
     if not running.get("proxies"):
         _check_port(section.host, section.port)
     args = ServiceArgs(home=home.uri, serving=section)
+    # Started by a submitted job, the replicas run the code that was submitted; else what is installed.
+    code = {key: value for key, value in submitted_runtime_env().items() if key == "working_dir"}
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serving.application:build",
         "args": args.model_dump(mode="json"),
         # Waiting threads must not spin: replicas, train workers and Ray share the cores.
-        "runtime_env": {"env_vars": {HOME_VARIABLE: home.uri, "OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": code | {"env_vars": {HOME_VARIABLE: home.uri, "OMP_WAIT_POLICY": "PASSIVE"}},
         "deployments": [
             {"name": REPLICA, "user_config": {"model_id": champion.model_id, "revision": champion.revision}}
         ],

@@ -1,0 +1,129 @@
+"""Recipes: every fault at once, with the near miss, and values as YAML means them."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.config import PairSection, Recipe, load_recipe, parse_recipe
+from app.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_that_ships_is_valid(path):
+    assert load_recipe(path).name
+
+
+def test_all_faults_are_listed_at_once_with_the_nearest_key(tmp_path):
+    path = write(
+        tmp_path,
+        "name: x\ntrain:\n  learning_rte: 1e-4\n  beta: -1\nworkers:\n  worker: 2\ntrian: {}\nserving:\n  port: no\n",
+    )
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path, ["pairs.min_pairs=0"])
+    message = str(refused.value)
+    assert f"recipe `{path}` has 6 fault(s)" in message
+    for fault in (
+        "`train.learning_rte`: unknown key; did you mean `learning_rate`?",
+        "`train.beta`: Input should be greater than 0 (got -1)",
+        "`workers.worker`: unknown key; did you mean `workers`?",
+        "`trian`: unknown key; did you mean `train`?",
+        "`pairs.min_pairs`: Input should be greater than or equal to 1 (got 0)",
+        "`serving.port`",
+    ):
+        assert fault in message
+
+
+def test_an_unknown_key_without_a_near_miss_lists_the_known_ones():
+    with pytest.raises(RecipeError, match="`model.zzz`: unknown key; known: attention, reference_model, sft, start"):
+        parse_recipe({"name": "x", "model": {"zzz": 1}}, place="here")
+
+
+@pytest.mark.parametrize("text", ["5e-7", "5.0e-7", "0.0000005"])
+def test_a_learning_rate_in_any_notation_is_a_float(tmp_path, text):
+    """PyYAML reads `5e-7` as a string."""
+    path = write(tmp_path, f"name: x\ntrain:\n  learning_rate: {text}\n")
+    assert load_recipe(path).train.learning_rate == 5e-7
+    overridden = load_recipe(write(tmp_path, "name: x\n"), [f"train.learning_rate={text}"])
+    assert overridden.train.learning_rate == 5e-7
+
+
+def test_overrides_reach_sections_that_the_file_does_not_have(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, "name: x\ntrain:\n  beta: 0.5\n"),
+        ["train.beta=0.2", "train.lora.r=4", "snapshot=hh", "train.lora.target_modules=[q_proj]"],
+    )
+    assert (recipe.train.beta, recipe.train.lora.r, recipe.snapshot) == (0.2, 4, "hh")
+    assert recipe.train.lora.target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.beta", "is not of the form `section.key=value`"),
+        ("=3", "is not of the form"),
+        ("name.x=3", "`name` is a value, not a section"),
+        ("train.beta=[", "the value is not YAML"),
+    ],
+)
+def test_a_malformed_override_is_refused(tmp_path, override, message):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(write(tmp_path, "name: x\n"), [override])
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "must be a mapping"), ("- a\n", "found list"), ("a: [", "cannot be read"), ("name: 'A b'\n", "`name`")],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(write(tmp_path, text))
+    assert message in str(refused.value)
+
+
+def test_a_missing_recipe_names_its_neighbours(tmp_path):
+    write(tmp_path, "name: x\n")
+    with pytest.raises(RecipeError, match=r"no recipe at `.*other.yaml`(.|\n)*recipes here: recipe.yaml"):
+        load_recipe(tmp_path / "other.yaml")
+
+
+def test_options_without_effect_are_refused():
+    with pytest.raises(RecipeError, match="needs `adapter: lora`"):
+        parse_recipe({"name": "x", "train": {"adapter": "full", "reference": "adapter_off"}}, place="here")
+    with pytest.raises(RecipeError, match="`lora` has no effect with `adapter: full`"):
+        parse_recipe({"name": "x", "train": {"adapter": "full", "lora": {"r": 4}}}, place="here")
+    with pytest.raises(RecipeError, match="must name the same model"):
+        parse_recipe(
+            {"name": "x", "train": {"reference": "adapter_off"}, "model": {"reference_model": "sft"}}, place="here"
+        )
+
+
+def test_a_recipe_is_frozen_and_survives_json():
+    recipe = Recipe(name="x", pairs=PairSection(since="2026-01-01T00:00:00Z"))
+    with pytest.raises(ValidationError):
+        recipe.train.beta = 3
+    assert parse_recipe(recipe.model_dump(mode="json"), place="json") == recipe
+
+
+def test_every_key_says_what_it_is():
+    def walk(model, place):
+        for name, field in model.model_fields.items():
+            nested = [
+                a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")
+            ]
+            if nested:
+                yield from walk(nested[0], f"{place}{name}.")
+            else:
+                yield f"{place}{name}", field.description
+
+    undocumented = [place for place, description in walk(Recipe, "") if not description and place != "name"]
+    assert undocumented == []
