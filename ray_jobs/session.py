@@ -20,7 +20,7 @@ import ray
 from app.config import Recipe, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
-from app.services import ServeApi, Services, ray_token, submitted_runtime_env
+from app.services import ServeApi, Services, submitted_runtime_env
 from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -88,10 +88,8 @@ def ray_cluster(home: Home) -> Any:
     address = _running_cluster(home)
     if address is None:
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:
-        if ray_token() is not None:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             ray.init(address=address, **arguments)
         except (ConnectionError, RuntimeError) as error:

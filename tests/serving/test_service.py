@@ -426,13 +426,19 @@ def test_the_same_home_is_not_served_twice(stage, capsys):
 
 
 def test_another_home_cannot_take_over_the_cluster(stage, tmp_path, monkeypatch, capsys):
+    services = Services.read(stage.home)
     monkeypatch.setenv("PREFLOOP_HOME", str(tmp_path / "other"))
-    monkeypatch.setenv("RAY_ADDRESS", Services.read(stage.home).ray_dashboard_url)
-    port = Services.read(stage.home).gateway_url.rsplit(":", 1)[1]
+    monkeypatch.setenv("RAY_ADDRESS", services.ray_dashboard_url)
+    port = services.gateway_url.rsplit(":", 1)[1]
     assert main([str(stage.recipe_path), "--set", f"serving.port={free_port()}"]) == 1
     assert f"listens on port {port}" in capsys.readouterr().err
-    assert main([str(stage.recipe_path)]) == 1
-    assert "serves `/` already" in capsys.readouterr().err
+    # A process of its own, because Ray reads the way of authentication when it is imported.
+    environment = {**os.environ, "RAY_ADDRESS": services.ray_address}
+    environment.pop("RAY_AUTH_MODE", None)
+    command = [sys.executable, "-m", "serving.deploy", str(stage.recipe_path)]
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "serves `/` already" in refused.stderr
     assert Services.read(stage.home).healthy()
 
 
