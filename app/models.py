@@ -8,7 +8,7 @@ is ever run, and nothing is unpickled. This module does not know how a model is 
 
 import hashlib
 import json
-import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -276,7 +276,9 @@ def code_version() -> str:
 def _quiet_libraries() -> None:
     """Keep progress bars of loading and the notes of an import out of a command's output."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # DeepSpeed, which peft imports, otherwise warns in every process that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 from app.config import Recipe, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
-from app.services import ServeApi, Services, submitted_runtime_env
+from app.services import ServeApi, Services, ray_token, submitted_runtime_env
 from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -90,6 +91,10 @@ def ray_cluster(home: Home) -> Any:
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:
+        if ray_token() is not None and "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            # Ray reads the mode when it is imported; this is how it reads it again itself.
+            Config.initialize("")
         try:
             ray.init(address=address, **arguments)
         except (ConnectionError, RuntimeError) as error:

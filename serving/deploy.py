@@ -4,7 +4,8 @@ Joins the Ray cluster that `RAY_ADDRESS` or the home's record names, or starts o
 loopback only); makes sure that there is a champion; deploys the application through Serve's REST API; waits until it
 is healthy; records where it is. In the foreground it stays until Ctrl-C or SIGTERM. It stops only what it started.
 
-The model is named by the replicas' `user_config` alone, so shipping another one restarts no process.
+The model is named by the replicas' `user_config` alone, so shipping another one restarts no process. Ray and torch take
+seconds to import, in which Ctrl-C could not be answered in order, so they are imported where they are needed.
 """
 
 import argparse
@@ -18,16 +19,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
-import ray
 
 from app.config import Recipe, ServingSection, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import ChampionRow, Ledger
-from app.models import ensure_sft
 from app.services import (
     APPLICATION,
     REPLICA,
@@ -39,9 +38,9 @@ from app.services import (
     submitted_runtime_env,
 )
 from app.storage import HOME_VARIABLE, Home
-from serving.application import ServiceArgs
 
 _LOOPBACK = "127.0.0.1"
+_OWN_ERROR = f"{ServiceError.__module__}.{ServiceError.__qualname__}: "
 # Replica, gateway, train workers and Ray Data's readers share a laptop's cores: logical CPUs must not run out.
 _MIN_LOGICAL_CPUS = 4
 _RAY_START_S = 120.0
@@ -107,15 +106,18 @@ def first_champion(home: Home, ledger: Ledger, recipe: Recipe) -> ChampionRow:
     champion = ledger.champion(deployment)
     if champion is not None:
         return champion
+    from app.models import ensure_sft
+
     sft = ensure_sft(home, ledger, recipe.model.sft)
     return ledger.set_champion(
         deployment, sft.model_id, expected_revision=0, actor="serve", reason="the SFT checkpoint is the first champion"
     )
 
 
-@dataclass(frozen=True)
 class _Stopped(BaseException):
-    signal_number: int
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 def _find_cluster(known: Services | None) -> Services | None:
@@ -123,6 +125,11 @@ def _find_cluster(known: Services | None) -> Services | None:
     if address and address.startswith("http"):
         return Services("", address.rstrip("/"), "auto")
     if address and address != "local":
+        if ray_token() is not None:
+            # Ray reads it when it is imported.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        import ray
+
         try:
             host, _, port = address.rpartition(":")
             if port.isdigit():
@@ -167,6 +174,8 @@ def _start_cluster(home: Home) -> Services:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
         )
+    import ray.util
+
     services = Services(
         gateway_url="",
         ray_dashboard_url=f"http://{_LOOPBACK}:{dashboard_port}",
@@ -210,14 +219,13 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
         raise ServiceError(msg)
     if not running.get("proxies"):
         _check_port(section.host, section.port)
-    args = ServiceArgs(home=home.uri, serving=section)
     # Started by a submitted job, the replicas run the code that was submitted; else what is installed.
     code = {key: value for key, value in submitted_runtime_env().items() if key == "working_dir"}
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serving.application:build",
-        "args": args.model_dump(mode="json"),
+        "args": {"home": home.uri, "serving": section.model_dump(mode="json")},
         # Waiting threads must not spin: replicas, train workers and Ray share the cores.
         "runtime_env": code | {"env_vars": {HOME_VARIABLE: home.uri, "OMP_WAIT_POLICY": "PASSIVE"}},
         "deployments": [
@@ -260,7 +268,7 @@ def _wait_until_healthy(services: Services) -> None:
 def _reason(application: dict[str, Any]) -> str:
     messages: list[str] = [d.get("message", "") for d in application.get("deployments", {}).values()]
     lines = [line.strip() for m in [*messages, application.get("message", "")] for line in m.splitlines()]
-    own = [line for line in lines if "ServiceError" in line or "app.errors." in line]
+    own = [line.partition(_OWN_ERROR)[2] for line in lines if _OWN_ERROR in line]
     told = [line for line in lines if line]
     return str((own or told or ["no reason given"])[-1])
 
@@ -323,6 +331,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _raise_stopped(number: int, _frame: object) -> None:
+    # One signal is enough; another must not interrupt the cleaning up.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
     raise _Stopped(number)
 
 
