@@ -29,7 +29,6 @@ class ModelSection(Section):
     sft: str = Field("embedded", description="The SFT checkpoint: `embedded`, a local folder or a hub id.")
     start: Literal["champion", "sft"] = Field("champion", description="Where the policy starts.")
     reference_model: Literal["champion", "sft"] = Field("champion", description="The frozen reference.")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Kernel behind the packed attention.")
 
 
 class PairSection(Section):

@@ -132,7 +132,7 @@ class SnapshotRow(Base):
 
 
 class RunRow(Base):
-    """One run of a job. `status`: running, succeeded, failed, held, stopped."""
+    """One run of a job. `status`: running, succeeded, failed, held, stopped, abandoned."""
 
     __tablename__ = "runs"
     run_id: Mapped[str] = mapped_column(primary_key=True)

@@ -202,8 +202,8 @@ def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of the chat template, 32 hex digits."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32]
+    """Return the hash of the chat template and of the vocabulary, 32 hex digits: equal digests give equal token ids."""
+    return content_hash([str(tokenizer.chat_template), sorted(tokenizer.get_vocab().items())])
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: str | None) -> list[int]:
@@ -328,7 +328,7 @@ def _convert_embedded(home: Home, folder: Path) -> None:
 def _copy_checkpoint(sft: str, folder: Path) -> str:
     if Path(sft).is_dir():
         check_folder(Path(sft), place=sft)
-        shutil.copytree(sft, folder, dirs_exist_ok=True)
+        shutil.copytree(sft, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
         return str(Path(sft).resolve())
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
         msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, or a hub id such as `owner/name`."

@@ -162,18 +162,6 @@ def _chart(curves: list[dict[str, Any]], names: dict[str, str], scale: alt.Scale
     st.altair_chart(chart)
 
 
-def _displacement(curves: list[dict[str, Any]]) -> None:
-    """Warn where the reward of chosen answers falls: the model moves away from what people preferred as well."""
-    tail = [row["reward_chosen"] for row in curves[-5:] if _is_number(row.get("reward_chosen"))]
-    if tail and sum(tail) / len(tail) < -1.0:
-        with st.container(border=True):
-            st.badge("Chosen answers become less likely", icon=":material/trending_down:", color="orange")
-            st.text(
-                f"The mean reward of chosen answers is {sum(tail) / len(tail):.2f} nats over the last {len(tail)} points. "
-                "A lower learning rate or a larger beta holds the model nearer to its reference."
-            )
-
-
 def _values(tree: dict[str, Any]) -> None:
     rows = [{"key": key, "value": value} for key, value in _flat(tree)]
     if rows:

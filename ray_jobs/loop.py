@@ -9,12 +9,14 @@ Exit code 3: the gate holds.
 """
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -36,8 +38,6 @@ from ray_jobs.prepare import prepare
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
 from ray_jobs.train import print_learning, train
-
-STAGES = ("serve", "collect", "build_pairs", "prepare", "train", "evaluate", "ship")
 
 
 class LoopRun:
@@ -112,15 +112,34 @@ class LoopRun:
 
 def run_loop(session: Session, console: Console) -> int:
     """Run one round and return the exit code."""
-    home, ledger, recipe = session.home, session.ledger, session.recipe
+    with _alone(session.home, session.recipe.name):
+        return _run_round(session, console)
+
+
+@contextmanager
+def _alone(home: Home, name: str) -> Iterator[None]:
+    """Refuse a second loop of the same recipe in the same home while the first is alive."""
+    path = home.local("locks", f"loop-{name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"a loop of recipe `{name}` is running in `{home.uri}` already\n\nHint: wait for it, or stop it."
+            raise ServiceError(msg) from None
+        yield
+
+
+def _run_round(session: Session, console: Console) -> int:
+    ledger, recipe = session.ledger, session.recipe
     run = LoopRun.open(ledger, recipe)
-    console.print(f"round [bold]{run.run_id}[/bold], home {home.uri}", highlight=False)
+    console.print(f"round [bold]{run.run_id}[/bold], home {session.home.uri}", highlight=False)
     try:
         verdict = _stages(session, run, console)
     except KeyboardInterrupt:
         run.end("stopped", error="interrupted")
         raise
-    except DataError as error:
+    except (DataError, TrainingError) as error:
         # The same data would fail again: the next call begins a new round.
         run.end("failed", error=str(error))
         raise
@@ -213,8 +232,12 @@ def _shipped(session: Session, model_id: str, console: Console) -> dict[str, Any
     with traffic:
         traffic.wait_for_answers()
         _ship(session, model_id)
+        traffic.mark_switch()
         traffic.wait_for_answers(from_model=model_id)
-    return traffic.report()
+    report = traffic.report()
+    if report["failed_requests"]:
+        console.print(f"ship: {report['failed_requests']} requests FAILED: {report['failures']}", highlight=False)
+    return report
 
 
 def _ship(session: Session, model_id: str) -> None:

@@ -7,6 +7,7 @@ Ray Data actors that hold it. What cannot train is counted by reason in the mani
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -71,6 +72,11 @@ def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -
         max_length=recipe.prepare.max_length,
         too_long=recipe.prepare.too_long,
     )
+    unpaired = sum(len(group.labels) for group in groups)
+    if unpaired:
+        # A pairwise objective learns nothing from lone judgements, and scoring them costs as much as pairs.
+        audit.dropped["unpaired"] += unpaired
+        groups = [replace(group, labels=()) for group in groups if group.pairs]
     if not groups:
         reasons = ", ".join(f"{n} {reason}" for reason, n in audit.dropped.items()) or "the snapshot is empty"
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
@@ -93,7 +99,7 @@ def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -
             dtype=recipe.train.dtype if precomputed else None,
         ),
         counts={
-            "kept": audit.kept,
+            "kept": audit.kept - unpaired,
             "dropped": dict(audit.dropped),
             "truncated": audit.truncated,
             "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
@@ -111,6 +117,7 @@ def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Reci
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
+    length = math.ceil(len(groups) / blocks)
     scored = (
         ray.data.from_arrow(unscored)
         .repartition(blocks)

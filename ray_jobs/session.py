@@ -22,7 +22,7 @@ from app.config import Recipe, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
 from app.services import ServeApi, Services, ray_token, submitted_runtime_env
-from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, Home
+from app.storage import HOME_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -75,8 +75,6 @@ def ray_cluster(home: Home) -> Any:
         yield
         return
     environment = {HOME_VARIABLE: home.uri, **_QUIET}
-    if LEDGER_VARIABLE in os.environ:
-        environment[LEDGER_VARIABLE] = os.environ[LEDGER_VARIABLE]
     submitted = submitted_runtime_env().get("env_vars", {})
     environment = {name: value for name, value in environment.items() if name not in submitted}
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")

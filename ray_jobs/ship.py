@@ -87,6 +87,12 @@ def ship(
             model.model_id,
             f"the evaluation {evaluation.evaluation_id} judged other weights (digest {evaluation.model_digest[:12]}) than `{model.model_id}` has ({model.digest[:12]})",
         )
+    if before is not None and before.model_id not in (evaluation.champion_id, model.model_id):
+        return _held(
+            before,
+            model.model_id,
+            f"the evaluation {evaluation.evaluation_id} compared `{model.model_id}` with `{evaluation.champion_id}`, but the champion is `{before.model_id}` now; run `evaluate` again",
+        )
     reason = f"evaluation {evaluation.evaluation_id} says SHIP"
     return _move(home, ledger, before, model, deployment=deployment, actor=actor, reason=reason, timeout_s=timeout_s)
 
@@ -176,7 +182,7 @@ def _move(
 def _serve(home: Home, champion: ChampionRow, *, timeout_s: float) -> bool:
     """Make every replica serve the champion; False where no service runs."""
     services = Services.read(home) if home.is_local else None
-    if services is None or not services.healthy():
+    if services is None or not ServeApi(services.ray_dashboard_url).reachable():
         return False
     replicas = _tell(home, champion)
     wanted = (champion.model_id, champion.revision)

@@ -41,6 +41,9 @@ from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, train_worker
 
+_READ_CPUS = 0.25
+"""Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -176,10 +179,10 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
 
 def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
     workers = recipe.workers
-    needed = workers.workers * workers.cpus_per_worker
-    available = ray.cluster_resources().get("CPU", 0.0)
-    if available < needed + 1:
-        msg = f"{workers.workers} workers with {workers.cpus_per_worker} CPUs and one CPU for reading need {needed + 1} CPUs, the cluster has {available:g}\n\nHint: lower workers.cpus_per_worker or workers.workers."
+    needed = workers.workers * workers.cpus_per_worker + _READ_CPUS
+    available = ray.available_resources().get("CPU", 0.0)
+    if available < needed:
+        msg = f"{workers.workers} workers with {workers.cpus_per_worker} CPUs and {_READ_CPUS} for reading need {needed} CPUs, the cluster has {available:g} free\n\nHint: lower workers.cpus_per_worker or workers.workers."
         raise TrainingError(msg)
     options = ray.data.ExecutionOptions(preserve_order=True)
     context = ray.data.DataContext.get_current()
@@ -191,7 +194,7 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
         ordered = epoch_files(task.files, seed=recipe.train.seed, epoch=epoch)
         paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
         # A path that is listed twice in one read vanishes, so each epoch is a data set of its own.
-        epochs.append(ray.data.read_parquet(paths, override_num_blocks=len(paths)))
+        epochs.append(ray.data.read_parquet(paths, override_num_blocks=len(paths), num_cpus=_READ_CPUS))
     stream = epochs[0].union(*epochs[1:]) if len(epochs) > 1 else epochs[0]
     attempt = uuid.uuid4().hex[:8]
     trainer = TorchTrainer(
@@ -214,7 +217,25 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
             callbacks=[StepRecorder(home.ledger_url, task.identity.run_id)],  # type: ignore[list-item]
         ),
     )
-    trainer.fit()
+    _fit_interruptibly(trainer)
+
+
+def _fit_interruptibly(trainer: TorchTrainer) -> None:
+    """Run `fit` in a thread: in the main thread it takes Ctrl-C for itself and leaves the process with exit code 0."""
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join()
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> TrainResult:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import app
 from app.cli import cli
 from app.config import Recipe, load_recipe
+from app.demo.runner import _comments, _differences
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -79,6 +80,14 @@ def test_every_value_of_a_recipe_says_what_it_is():
                 yield f"{place}{name}"
 
     assert list(faults(Recipe, "")) == []
+
+
+def test_the_demo_gives_a_reason_for_every_default_it_overrides():
+    path = ROOT / "recipes" / "demo_only.yaml"
+    comments = _comments(path)
+    places = [place for place, _, _ in _differences(load_recipe(path).model_dump(mode="json"))]
+    assert len(places) > 10
+    assert [place for place in places if not comments.get(place.rsplit(".", 1)[-1])] == []
 
 
 def test_every_link_of_the_documents_leads_somewhere():

@@ -6,6 +6,7 @@ makes another round on top; interrupted it continues at the stage it was in.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.console import Console
 from app.config import Recipe, load_recipe
 from app.errors import HOLD_EXIT_CODE, Interrupted, RecipeError
 from app.evaluation.prompts import Prompt, load_prompts, split_prompts
-from app.ledger import EvaluationRow, FeedbackRow, Ledger, ResponseRow, RunRow
+from app.ledger import EvaluationRow, FeedbackRow, Ledger, RunRow
 from app.schemas import content_hash
 from app.services import Services
 from app.storage import HOME_VARIABLE, Home, write_atomically
@@ -85,9 +86,6 @@ def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str
             .where(FeedbackRow.created_at >= run.created_at)
             .group_by(FeedbackRow.kind)
         ).all()
-        responses = session.scalar(
-            sa.select(sa.func.count()).select_from(ResponseRow).where(ResponseRow.created_at >= run.created_at)
-        )
     shipped = stages.get("ship", {})
     before = stages["serve"]["champion"]
     figures = evaluation.report["figures"]
@@ -95,7 +93,7 @@ def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str
         "seconds": {"total": round(seconds, 1), **{k: round(v, 1) for k, v in run.metrics["seconds"].items()}},
         "run": run.run_id,
         "simulated_audience": run.recipe["collect"]["audience"],
-        "responses": responses,
+        "responses": stages["collect"]["answers"],
         "feedback_events": {kind: count for kind, count in kinds},  # noqa: C416  rows are not tuples to dict()
         "pairs": stages["build_pairs"]["by_source"],
         "dropped": stages["build_pairs"]["dropped"],
@@ -186,11 +184,15 @@ def _running(home: Home) -> bool:
 
 def _child(command: Sequence[str], home: Home) -> int:
     with subprocess.Popen(list(command), env={**os.environ, HOME_VARIABLE: home.uri}) as child:
+        previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
             return child.wait()
         except KeyboardInterrupt:
             child.wait()  # the terminal sent Ctrl-C to the child too
-            raise Interrupted from None
+            msg = "interrupted; what was acknowledged is kept, and the same command continues"
+            raise Interrupted(msg) from None
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _differences(tree: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -67,7 +67,7 @@ def assign_splits(pairs: Sequence[Pair], *, threshold: float, held_out_fraction:
 
 
 def split_of(cluster: str, held_out_fraction: float) -> Split:
-    """Return the side of a cluster, by its hash: it never changes while data grows."""
+    """Return the side of a cluster, by its hash: it changes only where new near-duplicates join its cluster."""
     share = int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:8], "big") / 2**64
     return Split.HELD_OUT if share < held_out_fraction else Split.TRAIN
 

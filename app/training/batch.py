@@ -153,6 +153,7 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatc
 def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pairs: int) -> Iterator[list[Item]]:
     """Cut a stream into optimizer steps of at least `batch_pairs` pairs; the last may have fewer.
 
+    Items without pairs at the end belong to no step.
     An item (a group) is never divided, so a step may exceed `batch_pairs` by the pairs of its last item less one.
     """
     step: list[Item] = []
@@ -163,7 +164,7 @@ def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pai
         if pairs >= batch_pairs:
             yield step
             step, pairs = [], 0
-    if step:
+    if pairs:
         yield step
 
 

@@ -6,6 +6,7 @@ exactly one end token; an answer cut by the token limit has none, so it never tr
 how groups are stored or batched.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -200,7 +201,10 @@ def _rendered_response(
     answer = Message("assistant", response.content, tool_calls=response.tool_calls)
     try:
         whole = tokenizer.apply_chat_template(
-            [m.to_openai() for m in (*pair.prompt, answer)], tokenize=True, return_dict=False
+            [m.to_openai() for m in (*pair.prompt, answer)],
+            tools=None if pair.tools is None else json.loads(pair.tools),
+            tokenize=True,
+            return_dict=False,
         )
     except Exception:  # noqa: BLE001  Jinja templates raise whatever their author chose
         raise _Rejected("template_error") from None
