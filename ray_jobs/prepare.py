@@ -118,24 +118,21 @@ def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Reci
     context.execution_options.preserve_order = True
     blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
     length = math.ceil(len(groups) / blocks)
-    scored = (
-        ray.data.from_arrow(unscored)
-        .repartition(blocks)
-        .map_batches(
-            ReferenceScorer,
-            fn_constructor_kwargs={
-                "home_uri": home.uri,
-                "model_id": model_id,
-                "dtype": recipe.train.dtype,
-                "token_budget": recipe.train.micro_batch_tokens,
-                "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
-            },
-            batch_size=_SCORE_BATCH,
-            batch_format="pyarrow",
-            num_cpus=workers.cpus_per_worker,
-            num_gpus=1 if workers.use_gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=workers.workers),
-        )
+    slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
+    scored = ray.data.from_arrow(slices).map_batches(
+        ReferenceScorer,
+        fn_constructor_kwargs={
+            "home_uri": home.uri,
+            "model_id": model_id,
+            "dtype": recipe.train.dtype,
+            "token_budget": recipe.train.micro_batch_tokens,
+            "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+        },
+        batch_size=_SCORE_BATCH,
+        batch_format="pyarrow",
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=1 if workers.use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=workers.workers),
     )
     rows: list[dict[str, Any]] = []
     for table in scored.iter_batches(batch_format="pyarrow"):

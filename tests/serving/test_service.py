@@ -333,8 +333,8 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
             time.sleep(0.05)
         streams = [pool.submit(stream) for _ in range(2)]
         opened.wait(30)
+        switching = time.monotonic()
         result = stage.ship()
-        switched = time.monotonic()
         ends = [future.result(60) for future in streams]
         deadline = time.monotonic() + 30
         while sum(model == stage.models["good"] for _, model in answered) < 30 and time.monotonic() < deadline:
@@ -355,7 +355,7 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
     assert stage.served() == [stage.champion()]
     for first, last, finish, ended in ends:
         assert (first, last, finish) == (stage.models["sft"], stage.models["sft"], "length")
-        assert ended > switched
+        assert ended > switching
     models = [model for _, model in answered]
     assert set(models) == {stage.models["sft"], stage.models["good"]}
     stored = stage.responses()
