@@ -1,0 +1,90 @@
+"""The demo's report says what the ledger says."""
+
+from datetime import timedelta
+
+import pytest
+
+from app.config import load_recipe
+from app.demo.runner import make_report, run_demo
+from app.errors import DataError, RecipeError
+from app.ledger import EvaluationRow, RunRow, now
+
+RECIPE = "recipes/demo_only.yaml"
+
+
+def finished_round(ledger, *, shipped: bool):
+    recipe = load_recipe(RECIPE).model_dump(mode="json")
+    stages = {
+        "serve": {"champion": "sft-1"},
+        "collect": {"answers": 828},
+        "build_pairs": {"by_source": {"edit": 9, "thumbs": 30}, "dropped": {"tie": 3}},
+        "train": {"steps": 60, "reward_accuracy": 0.8, "model": "demo-2"},
+        "evaluate": {"evaluation": "e1"},
+    }
+    if shipped:
+        stages["ship"] = {"requests_during_switch": 116, "failed_requests": 0, "streams_across_switch": 2}
+    figures = {
+        "win_rate": 0.7,
+        "ci_low": 0.6,
+        "ci_high": 0.8,
+        "n_prompts": 144,
+        "length_ratio": 0.9,
+        "golden": {"passed": 8, "of": 8},
+    }
+    rules = [{"name": "win_rate", "passed": shipped, "reason": "the lower bound is 48 %"}]
+    began = now() - timedelta(minutes=5)
+    with ledger.write() as session:
+        session.add(
+            EvaluationRow(
+                evaluation_id="e1",
+                model_id="demo-2",
+                model_digest="d",
+                champion_id="sft-1",
+                sft_id="sft-1",
+                verdict="SHIP" if shipped else "HOLD",
+                report={"figures": figures, "rules": rules},
+                created_at=now(),
+            )
+        )
+        session.add(
+            RunRow(
+                run_id="demo-loop-1",
+                kind="loop",
+                status="succeeded" if shipped else "held",
+                recipe=recipe,
+                metrics={"stages": stages, "seconds": {"train": 150.04}},
+                attempt=1,
+                code_version="0",
+                created_at=began,
+                updated_at=now(),
+            )
+        )
+
+
+def test_the_report_of_a_shipped_round_names_both_champions(ledger):
+    finished_round(ledger, shipped=True)
+    report = make_report(ledger, "demo", seconds=500.0)
+    assert (report["champion_before"], report["champion_after"]) == ("sft-1", "demo-2")
+    assert report["seconds"] == {"total": 500.0, "train": 150.0}
+    assert report["responses"] == 828
+    assert report["requests_during_switch"] == 116
+    wanted = "seconds responses feedback_events pairs dropped train_steps reward_accuracy win_rate ci_low ci_high n_prompts length_ratio golden verdict champion_before champion_after requests_during_switch failed_requests"
+    assert set(wanted.split()) <= report.keys()
+
+
+def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
+    finished_round(ledger, shipped=False)
+    report = make_report(ledger, "demo", seconds=1.0)
+    assert report["verdict"] == "HOLD"
+    assert report["champion_after"] == "sft-1"
+    assert report["reasons"] == ["the lower bound is 48 %"]
+
+
+def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
+    options = {"recipe": RECIPE, "style": None, "prompts": None, "overrides": []}
+    with pytest.raises(RecipeError, match="no audience `loud`"):
+        run_demo(home, audience="loud", **options)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "one"}\n')
+    with pytest.raises(DataError, match="give at least 190 prompts"):
+        run_demo(home, audience="style", **(options | {"prompts": few}))
