@@ -27,7 +27,16 @@ from app.schemas import Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.loop import PairMeasure, SingleWorker, Workers, check_step_zero, make_optimizer, measure, optimise
+from app.training.loop import (
+    PairMeasure,
+    SingleWorker,
+    Workers,
+    check_packing,
+    check_step_zero,
+    make_optimizer,
+    measure,
+    optimise,
+)
 from app.training.objectives import dpo
 from app.training.policy import build_policy, merged_model
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
@@ -93,8 +102,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     held_out = read_groups(snapshot, Split.HELD_OUT)
     done, skipped = load_newest(home, task.identity, policy, optimizer)
     measured = functools.partial(measure, objective=objective, section=section, workers=workers)
-    if not done and task.policy_is_reference:
-        check_step_zero(policy, (held_out or _first_groups(task))[:_STEP_ZERO_GROUPS], section=section)
+    if not done:
+        few = (held_out or _first_groups(task))[:_STEP_ZERO_GROUPS]
+        check_packing(policy, few, section=section)
+        if task.policy_is_reference:
+            check_step_zero(policy, few, section=section)
     for note in skipped:
         ray.train.report({"note": note})
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-from datasketch import MinHash, MinHashLSH
 
 from app.errors import DataError
+from app.near_duplicates import cluster_texts
 from app.schemas import content_hash
 
 NEAR_DUPLICATE = 0.8
 """Estimated Jaccard similarity of 5-word runs from which two prompts count as the same."""
-_RUN = 5
-_PERMUTATIONS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ def load_prompts(place: str) -> PromptFile:
     if not entries:
         msg = f"`{place}` holds no prompts"
         raise DataError(msg)
-    found = cluster_texts([text for text, _ in entries.values()])
+    found = cluster_texts([text for text, _ in entries.values()], threshold=NEAR_DUPLICATE)
     prompts = (
         Prompt(name, text, f"near:{near}" if named is None else named)
         for (name, (text, named)), near in zip(entries.items(), found, strict=True)
@@ -112,32 +110,6 @@ def split_prompts(prompts: Sequence[Prompt], *, held_out: int, min_train: int, s
     )
 
 
-def cluster_texts(texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE) -> list[str]:
-    """Return a cluster name for each text; near-duplicates (and their near-duplicates) share it.
-
-    The name is a hash of the cluster's first text in sorted order, so it does not depend on the order of the texts.
-    """
-    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
-    parents = list(range(len(texts)))
-    sketches = [_sketch(text) for text in texts]
-
-    def root(node: int) -> int:
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
-
-    for i, sketch in enumerate(sketches):
-        for j in index.query(sketch):
-            if sketch.jaccard(sketches[j]) >= threshold:
-                parents[root(i)] = root(j)
-        index.insert(i, sketch)
-    names: dict[int, str] = {}
-    for i in sorted(range(len(texts)), key=texts.__getitem__):
-        names.setdefault(root(i), content_hash(texts[i])[:12])
-    return [names[root(i)] for i in range(len(texts))]
-
-
 def read_jsonl(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a JSONL file at a path or URI; blank lines are passed over.
 
@@ -169,11 +141,3 @@ def read_jsonl(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower())) or text
-
-
-def _sketch(text: str) -> MinHash:
-    words = _plain(text).split()
-    sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
-    runs = [" ".join(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))]
-    sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in runs])
-    return sketch

@@ -21,11 +21,15 @@ from app.errors import TrainingError
 from app.training.batch import PackedBatch, micro_batches, rank_share
 from app.training.objectives import PairLosses
 from app.training.policy import adapter_off_logps, autocast, trainable
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], PairLosses]
 """(policy logps [N], reference logps [N], chosen [P], rejected [P]) -> PairLosses."""
+
+
+_STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+"""Nats. Packing changes the order of bf16 sums: some tenths over a long answer, never whole ones."""
 
 
 class Workers(Protocol):
@@ -215,8 +219,7 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
         TrainingError: the reference log-probabilities do not come from the model that the policy starts from.
     """
     device = next(policy.parameters()).device
-    # Packing changes the order of bf16 sums: some tenths of a nat over a long answer, never whole ones.
-    tolerance = 1e-3 if section.dtype == "float32" else 1.0
+    tolerance = _STEP_ZERO_TOLERANCE[section.dtype]
     policy.train(mode=False)
     worst = 0.0
     with torch.no_grad():
@@ -227,6 +230,25 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
             worst = max(worst, float((logps - _reference(policy, batch, section)).abs().max()))
     if not worst <= tolerance:
         msg = f"policy and reference differ by up to {worst:.4f} nats before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: run `prefloop prepare` again for this start model, or name another model.reference_model."
+        raise TrainingError(msg)
+    return worst
+
+
+def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
+    """Compare packed scores with plain padded rows on a few groups and return the largest difference in nats.
+
+    Raises:
+        TrainingError: the packed attention does not compute what this model's own attention does.
+    """
+    device = next(policy.parameters()).device
+    tolerance = _STEP_ZERO_TOLERANCE[section.dtype]
+    policy.train(mode=False)
+    with torch.no_grad(), autocast(device, section.dtype):
+        packed: Tensor = policy(PackedBatch.pack(groups).to(device)).logps
+        plain = plain_logps(policy.model, groups)
+    worst = float((packed - plain).abs().max())
+    if not worst <= tolerance:
+        msg = f"packed rows and plain rows of this model differ by up to {worst:.4f} nats (allowed: {tolerance}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
         raise TrainingError(msg)
     return worst
 

@@ -68,7 +68,7 @@ class ScoringModel(nn.Module):
         return ResponseScores(summed.index_add(0, batch.response_of_target, token_logps), batch.token_counts)
 
 
-def plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
+def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> Tensor:
     """Score every response of the groups with right-padded rows and the model's own `sdpa` attention.
 
     Returns:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from app.evaluation.prompts import cluster_texts, load_prompts
+from app.evaluation.prompts import NEAR_DUPLICATE, load_prompts
 from app.evaluation.rules import load_style
 from app.evaluation.suites import load_golden
+from app.near_duplicates import cluster_texts
 
 DATA = Path(__file__).parents[2] / "app" / "demo" / "data"
 
@@ -20,7 +21,7 @@ def test_there_are_enough_prompts_and_no_near_duplicate_is_on_both_sides():
     assert len(train) >= 200
     assert len(held_out) >= 160
     golden = [case.prompt for case in load_golden(str(DATA / "golden.jsonl"))]
-    clusters = cluster_texts([*train, *held_out, *golden], threshold=0.5)
+    clusters = cluster_texts([*train, *held_out, *golden], threshold=NEAR_DUPLICATE)
     asked, judged = set(clusters[: len(train)]), set(clusters[len(train) :])
     assert not asked & judged
 

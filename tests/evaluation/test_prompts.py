@@ -5,7 +5,8 @@ import json
 import pytest
 
 from app.errors import DataError
-from app.evaluation.prompts import Prompt, cluster_texts, load_prompts, split_prompts
+from app.evaluation.prompts import NEAR_DUPLICATE, Prompt, load_prompts, split_prompts
+from app.near_duplicates import cluster_texts
 
 LONG = "please explain to me in detail how a bicycle stays upright while somebody is riding it along the road"
 
@@ -21,10 +22,10 @@ def prompts(count, cluster=lambda i: str(i)):
 
 def test_near_duplicates_share_a_cluster_whatever_the_order():
     texts = [LONG, "what is tea", LONG + " today", "what is rain"]
-    first = cluster_texts(texts)
+    first = cluster_texts(texts, threshold=NEAR_DUPLICATE)
     assert first[0] == first[2]
     assert len(set(first)) == 3
-    assert cluster_texts(texts[::-1]) == first[::-1]
+    assert cluster_texts(texts[::-1], threshold=NEAR_DUPLICATE) == first[::-1]
 
 
 def test_repeated_prompts_count_once_and_are_counted(tmp_path):

@@ -12,7 +12,15 @@ from app.errors import TrainingError
 from app.models import Lineage, load_model, register_folder
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.loop import SingleWorker, check_step_zero, learning_rate_factor, make_optimizer, measure, optimise
+from app.training.loop import (
+    SingleWorker,
+    check_packing,
+    check_step_zero,
+    learning_rate_factor,
+    make_optimizer,
+    measure,
+    optimise,
+)
 from app.training.objectives import dpo
 from app.training.policy import adapter_off_logps, build_policy, merged_model, trainable
 from app.training.scoring import plain_logps
@@ -180,6 +188,14 @@ def test_reference_scores_of_another_model_are_refused_before_the_first_step(sta
     section = SECTION.model_copy(update={"reference": "precomputed"})
     with pytest.raises(TrainingError, match="not the same model"):
         check_step_zero(build_policy(start(), section), groups, section=section)
+
+
+def test_packed_and_plain_rows_are_compared_before_the_first_step(start):
+    policy = build_policy(start(), SECTION)
+    assert check_packing(policy, make_groups(4), section=SECTION) < 1e-4
+    policy.model.set_attn_implementation("sdpa")
+    with pytest.raises(TrainingError, match="packed rows and plain rows of this model differ"):
+        check_packing(policy, make_groups(4), section=SECTION)
 
 
 def test_the_merged_model_scores_like_the_policy(start):
