@@ -1,6 +1,10 @@
 """Fixtures shared by the rooms: a home of its own, and a tiny random model with tokenizer and chat template."""
 
+import os
 from pathlib import Path
+
+# A thread that Ray Data leaves behind may call Ray after a module has shut it down, and would start it again.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 import torch
