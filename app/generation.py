@@ -1,37 +1,25 @@
-"""Answers of one static batch, through the loop of transformers' `generate`.
+"""Answers of one batch of requests, decoded together; a row that has ended leaves the batch.
 
-Each row has its own temperature, nucleus, token limit, seed and end, and its tokens are given out as they are sampled.
-A row draws from its own generator, so its randomness does not depend on its company (its logits may, in the last bits:
-a batch is not computed in the order of a single row). This module knows nothing of requests, text protocols or who
-waits for an answer.
+transformers' own `generate` computes ended rows until the last one ends, which is half of the work when lengths differ
+(and its continuous batching is slower still on a CPU), so the loop over tokens is here. Each row has its own
+temperature, nucleus, token limit, seed and end, and its tokens are given out as they are sampled. A row draws from its
+own generator, so its randomness does not depend on its company (its logits may, in the last bits: a batch is not
+computed in the order of a single row). This module knows nothing of requests, text protocols or who waits for an
+answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
 from app.schemas import FinishReason
 
-# A model folder may bring habits of its own (a repetition penalty is common): what is sampled here is the model alone.
-_NO_HABITS: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-}
+_COMPACTION = 0.85
+"""Ended rows are dropped once at most this share of the batch goes on."""
 # Nearly every nucleus is narrower than this, so that the whole vocabulary need not be sorted.
 _NUCLEUS_WIDTH = 1024
 
@@ -113,35 +101,68 @@ def generate(
     device = loaded.model.device
     rows = [_Row(request, loaded.end_ids, device) for request in requests]
     completions: dict[int, Completion] = {}
-
-    def announce(i: int) -> None:
+    for i in _decode(loaded, rows, on_tokens, should_stop):
         completions[i] = rows[i].completion(loaded)
         if on_completion is not None:
             on_completion(i, completions[i])
-
-    width = max(len(request.prompt_ids) for request in requests)
-    # Padding is masked, so any id will do.
-    filler = loaded.end_ids[0]
-    ids = torch.full((len(requests), width), filler, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, request in enumerate(requests):
-        ids[i, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        mask[i, width - len(request.prompt_ids) :] = 1
-    model: Any = loaded.model  # generate comes from a mixin that the declared class does not name
-    model.generate(
-        ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max(request.max_tokens for request in requests),
-            eos_token_id=list(loaded.end_ids),
-            pad_token_id=filler,
-            **_NO_HABITS,
-        ),
-        logits_processor=LogitsProcessorList([_SampleRows(rows, on_tokens, device)]),
-        stopping_criteria=StoppingCriteriaList([_EndRows(rows, should_stop, announce)]),
-    )
     return [completions[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def _decode(
+    loaded: Generator,
+    rows: list["_Row"],
+    on_tokens: Callable[[int, int], None] | None,
+    should_stop: Callable[[int], bool] | None,
+) -> Iterator[int]:
+    """Give every row its tokens and yield each row as it ends; ended rows leave the batch and cost no more."""
+    model: Any = loaded.model
+    fed, attended = _left_padded([row.request.prompt_ids for row in rows], filler=loaded.end_ids[0])
+    fed, attended = fed.to(model.device), attended.to(model.device)
+    cache = None
+    places = list(range(len(rows)))
+    while any(rows[i].finish_reason is None for i in places):
+        positions = (attended.cumsum(dim=-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        output = model(
+            input_ids=fed,
+            attention_mask=attended,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        chosen, logps = _sample(output.logits[:, -1].float(), [rows[i] for i in places])
+        for i, token_id, logp in zip(places, chosen.tolist(), logps.tolist(), strict=True):
+            row = rows[i]
+            if row.finish_reason is not None:
+                continue
+            ended = row.take(token_id, logp)
+            if on_tokens is not None:
+                on_tokens(i, token_id)
+            if not ended and should_stop is not None and should_stop(i):
+                row.finish_reason, ended = FinishReason.UNKNOWN.value, True
+            if ended:
+                yield i
+        open_ = [place for place, i in enumerate(places) if rows[i].finish_reason is None]
+        if 0 < len(open_) <= _COMPACTION * len(places):
+            # Copying the cache costs about a token's worth of time, so it waits until it is worth it.
+            kept = torch.tensor(open_, device=model.device)
+            cache.batch_select_indices(kept)
+            attended, chosen, places = attended[kept], chosen[kept], [places[place] for place in open_]
+        fed = chosen[:, None]
+        attended = torch.cat([attended, attended.new_ones(len(places), 1)], dim=1)
+
+
+def _left_padded(prompts: Sequence[tuple[int, ...]], *, filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, [rows, longest]; what pads is masked, so any id will do."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), filler, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def context_window(model: PreTrainedModel) -> int | None:
@@ -189,13 +210,15 @@ class _Row:
         else:
             self.randomness.manual_seed(self.request.seed)
 
-    def take(self, token_id: int, logp: float) -> None:
+    def take(self, token_id: int, logp: float) -> bool:
+        """Append a token; returns whether it is the last."""
         self.token_ids.append(token_id)
         self.logps.append(logp)
         if token_id in self.end_ids:
             self.finish_reason = FinishReason.STOP.value
         elif len(self.token_ids) >= self.request.max_tokens:
             self.finish_reason = FinishReason.LENGTH.value
+        return self.finish_reason is not None
 
     def completion(self, loaded: Generator) -> Completion:
         ended = self.finish_reason == FinishReason.STOP.value
@@ -207,68 +230,34 @@ class _Row:
         )
 
 
-class _SampleRows(LogitsProcessor):
-    """Chooses each row's next token and leaves `generate`'s argmax nothing but that choice.
+def _sample(logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each row's next token: [rows] ids and their log-probabilities at temperature 1.
 
     All rows are drawn at once from one uniform number of each row's own generator (inverse transform sampling): a
     multinomial call for each row, and the full sort of transformers' nucleus, cost as much as the model at 16 rows.
+
+    Args:
+        logits: [rows, vocabulary], fp32.
+        rows: whose they are.
     """
-
-    def __init__(self, rows: list[_Row], on_tokens: Callable[[int, int], None] | None, device: torch.device) -> None:
-        self._rows = rows
-        self._on_tokens = on_tokens
-        self._sampled = torch.tensor([i for i, row in enumerate(rows) if row.request.temperature > 0], device=device)
-        requests = [rows[i].request for i in self._sampled.tolist()]
-        self._temperature = torch.tensor([[r.temperature] for r in requests], device=device)
-        self._top_p = torch.tensor([[r.top_p] for r in requests], device=device)
-        self._generators = [rows[i].randomness for i in self._sampled.tolist()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """Take fp32 logits [rows, vocabulary] and return them with all but one masked in each row."""
-        chosen = scores.argmax(dim=-1)
-        if self._generators:
-            probabilities = (scores[self._sampled] / self._temperature).softmax(dim=-1)
-            if (self._top_p < 1).any():
-                probabilities = nucleus(probabilities, self._top_p)
-            cumulative = probabilities.double().cumsum(dim=-1)
-            uniform = torch.cat(
-                [torch.rand(1, 1, generator=g, device=g.device, dtype=torch.float64) for g in self._generators]
-            )
-            drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-            # A product that rounds up to the total would point behind the last token that has any probability.
-            last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-            chosen[self._sampled] = torch.minimum(drawn, last)[:, 0]
-        logps = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=-1)
-        for i, (token_id, logp) in enumerate(zip(chosen.tolist(), logps.tolist(), strict=True)):
-            if self._rows[i].finish_reason is None:
-                self._rows[i].take(token_id, logp)
-                if self._on_tokens is not None:
-                    self._on_tokens(i, token_id)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-class _EndRows(StoppingCriteria):
-    """Ends the rows that have their last token, and those that nobody waits for any more."""
-
-    def __init__(
-        self, rows: list[_Row], should_stop: Callable[[int], bool] | None, announce: Callable[[int], None]
-    ) -> None:
-        self._rows = rows
-        self._should_stop = should_stop
-        self._announce = announce
-        self._open = set(range(len(rows)))
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
-        """Return one flag for each row."""
-        for i in sorted(self._open):
-            row = self._rows[i]
-            if row.finish_reason is None and self._should_stop is not None and self._should_stop(i):
-                row.finish_reason = FinishReason.UNKNOWN.value
-            if row.finish_reason is not None:
-                self._open.remove(i)
-                self._announce(i)
-        done = [row.finish_reason is not None for row in self._rows]
-        return torch.tensor(done, device=input_ids.device)
+    chosen = logits.argmax(dim=-1)
+    sampled = [i for i, row in enumerate(rows) if row.request.temperature > 0]
+    if sampled:
+        temperature, top_p = (
+            torch.tensor(values, device=logits.device)[:, None]
+            for values in zip(*((rows[i].request.temperature, rows[i].request.top_p) for i in sampled), strict=True)
+        )
+        probabilities = (logits[sampled] / temperature).softmax(dim=-1)
+        if (top_p < 1).any():
+            probabilities = nucleus(probabilities, top_p)
+        cumulative = probabilities.double().cumsum(dim=-1)
+        generators = [rows[i].randomness for i in sampled]
+        uniform = torch.cat([torch.rand(1, 1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        # A product that rounds up to the total would point behind the last token that has any probability.
+        last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+        chosen[sampled] = torch.minimum(drawn, last)[:, 0]
+    return chosen, logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
 def _check(request: GenerationRequest, window: int | None) -> None:
