@@ -17,6 +17,8 @@ from app.errors import ModelError
 from app.training.batch import Segment
 
 ATTENTION_NAME = "prefloop_packed"
+_MATMUL_CELLS = 2048 * 2048
+"""Above this many scores for each head their memory costs more than the slow kernel does."""
 
 
 def register() -> None:
@@ -76,26 +78,46 @@ def _attend_group(
     query: Tensor, key: Tensor, value: Tensor, segment: Segment, scaling: float | None, window: int | None
 ) -> Tensor:
     start, prompt = segment.start, segment.prompt_length
-    grouped = query.shape[1] != key.shape[1]
     first_end = start + prompt + segment.response_lengths[0]
     length = first_end - start
     q, k, v = (t[:, :, start:first_end] for t in (query, key, value))
-    if window is not None and length > window:
-        mask = _mask(length, 0, window, query.device)
-        parts = [scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)]
-    else:
-        parts = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)]
+    parts = [_attend(q, k, v, None if window is None or length <= window else window, scaling)]
     begin = first_end
     for response in segment.response_lengths[1:]:
         end = begin + response
         k = torch.cat([key[:, :, start : start + prompt], key[:, :, begin:end]], dim=2)
         v = torch.cat([value[:, :, start : start + prompt], value[:, :, begin:end]], dim=2)
-        # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
-        mask = _mask(response, prompt, window, query.device)
-        q = query[:, :, begin:end]
-        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
+        parts.append(_attend(query[:, :, begin:end], k, v, window, scaling))
         begin = end
     return torch.cat(parts, dim=2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+    """Attend causally; the last query stands at the last key. Query [1, heads, Q, D], key and value [1, _, K, D]."""
+    queries, keys = query.shape[2], key.shape[2]
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and queries * keys <= _MATMUL_CELLS:
+        return _attend_by_matmul(query, key, value, _mask(queries, keys - queries, window, query.device), scaling)
+    grouped = query.shape[1] != key.shape[1]
+    if queries == keys and window is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
+    mask = _mask(queries, keys - queries, window, query.device)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attend as transformers' `eager` does: torch's CPU kernel takes three times as long in bf16, most in backward."""
+    _, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    shared = heads // key_heads
+    scale = width**-0.5 if scaling is None else scaling
+    # Query heads that share a key head are rows of one product.
+    rows = (query * scale).reshape(key_heads, shared * queries, width)
+    scores = torch.bmm(rows, key[0].transpose(1, 2)).view(key_heads, shared, queries, keys)
+    with torch.autocast("cpu", enabled=False):
+        # The sums inside of a bf16 softmax are fp32.
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return torch.bmm(weights.view(key_heads, shared * queries, keys), value[0]).view(1, heads, queries, width)
 
 
 @lru_cache(maxsize=4096)

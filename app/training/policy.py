@@ -48,6 +48,10 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
         )
         msg = f"adapters do not fit `{start.model_id}`: {error}\n\nHint: its linear layers are {', '.join(linear)}."
         raise ModelError(msg) from None
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast casts what an adapter computes with; peft would first copy its input to fp32.
+            module.cast_input_dtype_enabled = False
     if section.activation_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -91,7 +90,7 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
         model.set_attn_implementation(previous)
     sums = []
     for i, (prompt, response) in enumerate(rows):
-        predicted = _log_softmax(logits[i, len(prompt) - 1 : len(prompt) + len(response) - 1])
+        predicted = _wide(logits[i, len(prompt) - 1 : len(prompt) + len(response) - 1]).log_softmax(dim=-1)
         sums.append(predicted.gather(1, torch.tensor(response, device=device)[:, None]).sum())
     return torch.stack(sums)
 
@@ -111,9 +110,40 @@ def check_packable(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _target_logps(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return _log_softmax(head(rows)).gather(1, targets[:, None]).squeeze(1)
+    logps: Tensor = _TargetLogps.apply(head(rows), targets)  # type: ignore[no-untyped-call]
+    return logps
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+class _TargetLogps(torch.autograd.Function):
+    """Log-probability of one token in each row of logits: [R, V], [R] -> [R], in at least fp32.
+
+    The same numbers as `log_softmax(logits, dtype=float32).gather(…)` and its gradient, but no fp32 copy of all logits
+    is ever made or kept: rows are taken a few at a time, on a CPU as many as stay in its cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normalisers = torch.cat([_wide(part).logsumexp(dim=-1) for part in _row_parts(logits)])
+        ctx.save_for_backward(logits, targets, normalisers)
+        return _wide(logits.gather(1, targets[:, None])).squeeze(1) - normalisers
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normalisers = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        result = torch.empty_like(logits)
+        for into, part, normaliser, scale in zip(
+            *map(_row_parts, (result, logits, normalisers[:, None], -gradient)), strict=True
+        ):
+            into.copy_(_wide(part).sub(normaliser).exp_().mul_(scale))
+        result.scatter_add_(1, targets[:, None], gradient.to(result.dtype))
+        return result, None
+
+
+def _row_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(rows, 32 if rows.device.type == "cpu" else 1024)
+
+
+def _wide(logits: Tensor) -> Tensor:
     # At least fp32; fp64 logits of a parity test stay fp64.
-    return log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from app.errors import DataError, ModelError
+from app.training import attention, scoring
 from app.training.batch import PackedBatch, micro_batches, rank_share, step_groups
 from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group, Preference
@@ -130,3 +131,36 @@ def test_a_micro_batch_exceeds_its_budget_only_for_a_single_group(sizes, budget)
     groups = [group(f"g{i}", prompt, tuple(lengths)) for i, (prompt, lengths) in enumerate(sizes)]
     for batch in micro_batches(groups, budget):
         assert batch.input_ids.shape[1] <= budget or len(batch.segments) == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window"), [(9, 9, None), (9, 9, 4), (5, 12, None), (5, 12, 3), (1, 1, None)]
+)
+def test_attention_by_matrix_products_is_the_kernels_attention(queries, keys, window):
+    torch.manual_seed(0)
+    shapes = ((1, 6, queries, 8), (1, 2, keys, 8), (1, 2, keys, 8))
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = attention._mask(queries, keys - queries, window, torch.device("cpu"))
+    weights = torch.randn(1, 6, queries, 8, dtype=torch.float64)
+    results = attention._attend(*inputs, window, None), attention._attend_by_matmul(*inputs, mask, None)
+    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in results]
+    for one, other in ((results[0], results[1]), *zip(*gradients, strict=True)):
+        assert torch.allclose(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_target_logps_are_those_of_a_log_softmax_with_its_gradient(dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(70, 97) * 4).to(dtype).requires_grad_()
+    targets, weights = torch.randint(97, (70,)), torch.randn(70).double()
+    wide = torch.promote_types(dtype, torch.float32)
+    plain = logits.to(wide).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    ours = scoring._target_logps(torch.nn.Identity(), logits, targets)
+    assert ours.dtype == wide
+    assert torch.allclose(ours, plain, rtol=1e-6)
+    (expected,) = torch.autograd.grad((plain * weights.to(wide)).sum(), logits)
+    (found,) = torch.autograd.grad((ours * weights.to(wide)).sum(), logits)
+    # A bf16 gradient is rounded to 8 bits whichever way it is made.
+    assert torch.allclose(
+        found, expected, rtol=1e-10 if dtype == torch.float64 else 1e-2, atol=1e-10 if dtype == torch.float64 else 1e-3
+    )
