@@ -85,6 +85,7 @@ class TrainSection(Section):
     objective: Literal["dpo"] = Field("dpo", description="The loss.")
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO).")
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answers' likelihood in the loss (RPO).")
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained.")
     lora: LoraSection = LoraSection()
     reference: Literal["adapter_off", "precomputed"] = Field(

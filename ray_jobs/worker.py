@@ -96,7 +96,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     start = load_model(home, task.start_model_id, dtype="float32" if section.adapter == "full" else section.dtype)
     policy = build_policy(start, section).to(device)
     optimizer = make_optimizer(policy, section)
-    objective = functools.partial(dpo, beta=section.beta, label_smoothing=section.label_smoothing)
+    objective = functools.partial(
+        dpo, beta=section.beta, label_smoothing=section.label_smoothing, sft_weight=section.sft_weight
+    )
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)

@@ -24,8 +24,8 @@ from app.training.policy import adapter_off_logps, autocast, trainable
 from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor], PairLosses]
-"""(policy logps [N], reference logps [N], chosen [P], rejected [P]) -> PairLosses."""
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float], PairLosses]
+"""(policy logps [N], reference logps [N], chosen [P], rejected [P], mean chosen tokens of the step) -> PairLosses."""
 
 
 _STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
@@ -143,7 +143,7 @@ def optimise(
         began = time.perf_counter()
         policy.train()
         optimizer.zero_grad(set_to_none=False)
-        weight = sum(pair.weight for group in groups for pair in group.pairs)
+        weight, mean_chosen_tokens = _step_totals(groups)
         sums = _Sums(device)
         for batch in micro_batches(
             rank_share(groups, rank=workers.rank, world_size=workers.size), section.micro_batch_tokens
@@ -152,7 +152,7 @@ def optimise(
             reference = _reference(policy, batch, section)
             with autocast(device, section.dtype):
                 scores = policy(batch)
-            result = objective(scores.logps, reference, batch.chosen, batch.rejected)
+            result = objective(scores.logps, reference, batch.chosen, batch.rejected, mean_chosen_tokens)
             loss = (result.losses * batch.weights).sum() / weight
             loss.backward()
             sums.add(batch, result, scores.logps.detach(), float(loss.detach()))
@@ -190,6 +190,7 @@ def measure(
     device = next(policy.parameters()).device
     policy.train(mode=False)
     rows: list[PairMeasure] = []
+    _, mean_chosen_tokens = _step_totals(groups)
     share = rank_share(groups, rank=workers.rank, world_size=workers.size)
     with torch.no_grad():
         for batch in micro_batches(share, section.micro_batch_tokens):
@@ -197,7 +198,7 @@ def measure(
             reference = _reference(policy, batch, section)
             with autocast(device, section.dtype):
                 scores = policy(batch)
-            result = objective(scores.logps, reference, batch.chosen, batch.rejected)
+            result = objective(scores.logps, reference, batch.chosen, batch.rejected, mean_chosen_tokens)
             margins = (result.chosen_rewards - result.rejected_rewards).tolist()
             chosen, rejected = batch.token_counts[batch.chosen], batch.token_counts[batch.rejected]
             rows += map(
@@ -251,6 +252,16 @@ def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: Tra
         msg = f"packed rows and plain rows of this model differ by up to {worst:.4f} nats (allowed: {tolerance}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
         raise TrainingError(msg)
     return worst
+
+
+def _step_totals(groups: Sequence[Group]) -> tuple[float, float]:
+    """Return the total weight of the pairs of a step and the mean length of their chosen responses, on every rank."""
+    weight = tokens = 0.0
+    for group in groups:
+        for pair in group.pairs:
+            weight += pair.weight
+            tokens += pair.weight * len(group.responses[pair.chosen])
+    return weight, tokens / weight if weight else 1.0
 
 
 def _reference(policy: ScoringModel, batch: PackedBatch, section: TrainSection) -> Tensor:

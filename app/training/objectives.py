@@ -24,24 +24,32 @@ def dpo(
     reference_logps: Tensor,
     chosen: Tensor,
     rejected: Tensor,
+    mean_chosen_tokens: float,
     *,
     beta: float,
     label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
 ) -> PairLosses:
     """Score pairs by Direct Preference Optimization, equation 7 of https://arxiv.org/abs/2305.18290.
 
     With `label_smoothing` e it is conservative DPO (https://ericmitchell.ai/cdpo.pdf, equation 3), which assumes that
-    a share e of the labels is flipped.
+    a share e of the labels is flipped. With `sft_weight` a it is RPO (https://arxiv.org/abs/2404.19733, equation 1, and
+    https://arxiv.org/abs/2405.16436): a times the negative log-likelihood of the chosen responses is added, averaged
+    over all their tokens as TRL's `loss_type=["sigmoid", "sft"]` does.
 
     Args:
         policy_logps: [N] summed log-probabilities of the responses under the policy.
         reference_logps: [N] the same under the reference.
         chosen: [P] index of each pair's chosen response.
         rejected: [P] index of each pair's rejected response.
+        mean_chosen_tokens: mean length of the chosen responses of the whole step, weighted like its pairs.
         beta: strength of the pull to the reference.
         label_smoothing: e, in [0, 0.5).
+        sft_weight: a, at least 0.
     """
     rewards = beta * (policy_logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]
     losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+    if sft_weight:
+        losses = losses - sft_weight * policy_logps[chosen] / mean_chosen_tokens
     return PairLosses(losses, rewards[chosen].detach(), rewards[rejected].detach())
