@@ -31,15 +31,19 @@ class Services:
         gateway_url: base URL of the HTTP API.
         ray_dashboard_url: base URL of Ray's dashboard, which serves the Jobs and Serve APIs.
         ray_address: `host:port` of the Ray cluster.
+        started_by: `user`, or `loop` where a loop started it for its simulated audience.
         pid: the process that waits in the foreground, or None where the service is detached.
+        pid_started: start time of that process (seconds), because process ids are used again.
         ray_pid: the `ray start --block` that was started for this service, or None where a cluster was joined.
-        ray_started: start time of that process (seconds), because process ids are used again.
+        ray_started: start time of that process.
     """
 
     gateway_url: str
     ray_dashboard_url: str
     ray_address: str
+    started_by: str = "user"
     pid: int | None = None
+    pid_started: float | None = None
     ray_pid: int | None = None
     ray_started: float | None = None
 

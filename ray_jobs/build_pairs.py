@@ -75,9 +75,12 @@ def read_log(ledger: Ledger, deployment: str, *, since: datetime | None) -> tupl
         judged = judged.where(FeedbackRow.created_at >= (since if since.tzinfo else since.replace(tzinfo=UTC)))
     with ledger.read() as session:
         events = [_event(row) for row in session.scalars(judged)]
-        wanted = {i for e in events for i in (e.response_id, e.other_response_id) if i is not None}
-        responses = session.scalars(sa.select(ResponseRow).where(ResponseRow.deployment == deployment))
-        answers = [_answer(row) for row in responses if row.response_id in wanted]
+        named = judged.subquery()
+        judged_ids = sa.union(sa.select(named.c.response_id), sa.select(named.c.other_response_id))
+        responses = sa.select(ResponseRow).where(
+            ResponseRow.deployment == deployment, ResponseRow.response_id.in_(judged_ids)
+        )
+        answers = [_answer(row) for row in session.scalars(responses)]
     return answers, events
 
 

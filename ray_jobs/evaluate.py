@@ -31,6 +31,7 @@ from app.models import ensure_sft
 from app.schemas import content_hash
 from app.storage import Home, write_atomically
 from ray_jobs.answers import Decoding, Given, Resources, Wanted, gather
+from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 
 _SEED = 0
@@ -184,7 +185,14 @@ def _answers(
         gpus=1 if workers.use_gpu else 0,
         threads=workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
     )
-    given = gather(home, wanted, decoding=decoding, resources=resources, on_progress=_progress(Console()))
+    with Meter(Console()) as meter:
+        given = gather(
+            home,
+            wanted,
+            decoding=decoding,
+            resources=resources,
+            on_progress=lambda model_id, done, total: meter.show(f"evaluate: answers of {model_id}", done, total),
+        )
     return dict(zip(models, given, strict=True))
 
 
@@ -262,18 +270,6 @@ def _store(
         session.add(row)
     Console().print(report.as_card())
     return row
-
-
-def _progress(console: Console) -> Callable[[str, int, int], None]:
-    last: dict[str, int] = {}
-
-    def show(model_id: str, done: int, total: int) -> None:
-        quarter = 4 * done // max(1, total)
-        if quarter != last.get(model_id, 0):
-            last[model_id] = quarter
-            console.print(f"evaluate: {model_id} answered {done} of {total}", highlight=False)
-
-    return show
 
 
 def _newest(ledger: Ledger) -> ModelRow:

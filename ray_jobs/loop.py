@@ -10,6 +10,7 @@ Exit code 3: the gate holds.
 
 import argparse
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
 from ray_jobs.evaluate import evaluate
 from ray_jobs.prepare import prepare
+from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
 from ray_jobs.train import print_learning, train
@@ -181,14 +183,15 @@ def _collect(session: Session, run: LoopRun, console: Console) -> dict[str, Any]
     assert section is not None  # noqa: S101
     services = _services(session.home)
     console.print("collect: a SIMULATED audience talks to the service", highlight=False)
-    return run_audience(
-        gateway_url=services.gateway_url,
-        api_key=session.home.api_key(),
-        section=section,
-        round_id=run.run_id,
-        journal=session.home.local("demo", f"{run.run_id}.jsonl"),
-        on_progress=_progress(console, "collect"),
-    )
+    with Meter(console) as meter:
+        return run_audience(
+            gateway_url=services.gateway_url,
+            api_key=session.home.api_key(),
+            section=section,
+            round_id=run.run_id,
+            journal=session.home.local("demo", f"{run.run_id}.jsonl"),
+            on_progress=functools.partial(meter.show, "collect"),
+        )
 
 
 def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
@@ -252,7 +255,8 @@ def _ensure_service(session: Session, console: Console) -> None:
         return
     console.print("serve: starting the service", highlight=False)
     settings = [part for override in session.overrides for part in ("--set", override)]
-    command = [sys.executable, "-m", "serving.deploy", session.recipe_path, *settings, "--detach"]
+    command = [sys.executable, "-m", "serving.deploy", session.recipe_path, *settings]
+    command += ["--detach", "--started-by", "loop"]
     code = subprocess.run(command, env={**os.environ, HOME_VARIABLE: session.home.uri}, check=False).returncode
     if code:
         msg = f"the service did not start (exit code {code}; its message stands above)"
@@ -270,18 +274,6 @@ def _services(home: Home) -> Services:
 def _champion_id(home: Home, ledger: Ledger, recipe: Recipe) -> str:
     champion = ledger.champion(recipe.serving.deployment)
     return champion.model_id if champion else ensure_sft(home, ledger, recipe.model.sft).model_id
-
-
-def _progress(console: Console, name: str) -> Callable[[int, int], None]:
-    last = [-1]
-
-    def show(done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if tenth != last[0]:
-            last[0] = tenth
-            console.print(f"{name}: {done} of {total}", highlight=False)
-
-    return show
 
 
 def _say(console: Console, stage: str, text: str) -> None:

@@ -38,6 +38,7 @@ from app.training.checkpoints import RunIdentity
 from app.training.loop import PairMeasure
 from app.training.snapshots import check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
+from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, train_worker
 
@@ -133,34 +134,33 @@ def train(
 
 @contextmanager
 def _progress(ledger: Ledger, task: TrainTask, console: Console | None) -> Iterator[None]:
-    """Print every tenth part of a run, as the controller writes its steps to the ledger."""
+    """Show how far a run is, as the controller writes its steps to the ledger."""
     if console is None:
         yield
         return
     ended = threading.Event()
 
     def watch() -> None:
-        shown = 0
         newest = sa.select(RunStepRow).where(RunStepRow.run_id == task.identity.run_id)
         while not ended.wait(1.0):
             with ledger.read() as session:
                 row = session.scalar(newest.order_by(RunStepRow.step.desc()).limit(1))
-            if row is not None and 10 * row.step // task.total_steps > shown:
-                shown = 10 * row.step // task.total_steps
+            if row is not None:
                 metrics = row.metrics
-                console.print(
-                    f"train: step {row.step} of {task.total_steps}, loss {metrics['loss']:.3f}, reward accuracy "
-                    f"{metrics['reward_accuracy']:.0%}, {metrics['pairs'] / metrics['seconds']:.1f} pairs/s",
-                    highlight=False,
+                note = (
+                    f"loss {metrics['loss']:.3f}, reward accuracy {metrics['reward_accuracy']:.0%}, "
+                    f"{metrics['pairs'] / metrics['seconds']:.1f} pairs/s"
                 )
+                meter.show("train: steps", row.step, task.total_steps, note)
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
+    with Meter(console) as meter:
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
 
 def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow) -> None:

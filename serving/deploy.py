@@ -49,7 +49,7 @@ _DRAIN_S = 15.0
 _RAY_STOP_S = 30.0
 
 
-def start(home: Home, ledger: Ledger, recipe: Recipe) -> Services:
+def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user") -> Services:
     """Bring the service up, record it and return where it is.
 
     Raises:
@@ -67,7 +67,7 @@ def start(home: Home, ledger: Ledger, recipe: Recipe) -> Services:
     champion = first_champion(home, ledger, recipe)
     if cluster is None:
         cluster = _start_cluster(home)
-    services = replace(cluster, gateway_url=url)
+    services = replace(cluster, gateway_url=url, started_by=started_by)
     services.write(home)
     try:
         _deploy(home, section, champion, ServeApi(services.ray_dashboard_url))
@@ -88,7 +88,7 @@ def stop(home: Home, services: Services) -> None:
         except ServiceError:
             if services.ray_pid is None:
                 raise
-    process = _ray_process(services)
+    process = _process(services.ray_pid, services.ray_started)
     if process is not None:
         # Workers of a raylet that dies first would be nobody's children, so all are remembered before.
         family = [process, *process.children(recursive=True)]
@@ -145,7 +145,7 @@ def _find_cluster(known: Services | None) -> Services | None:
             ray.shutdown()
         return Services("", f"http://{dashboard}", found)
     if known is not None and ServeApi(known.ray_dashboard_url).reachable():
-        return replace(known, pid=None)
+        return replace(known, pid=None, pid_started=None)
     return None
 
 
@@ -287,12 +287,13 @@ def _is_ours(application: dict[str, Any], home: Home) -> bool:
     return application["name"] == APPLICATION and (application.get("args") or {}).get("home") == home.uri
 
 
-def _ray_process(services: Services) -> psutil.Process | None:
-    if services.ray_pid is None or services.ray_started is None:
+def _process(pid: int | None, started: float | None) -> psutil.Process | None:
+    """Return the recorded process, or None where it has ended or its id is another's now."""
+    if pid is None or started is None:
         return None
     try:
-        process = psutil.Process(services.ray_pid)
-        return process if abs(process.create_time() - services.ray_started) < 1 else None
+        process = psutil.Process(pid)
+        return process if abs(process.create_time() - started) < 1 else None
     except psutil.NoSuchProcess:
         return None
 
@@ -350,7 +351,7 @@ def _stay(services: Services) -> None:
     while True:
         time.sleep(1)
         if services.ray_pid is not None:
-            process = _ray_process(services)
+            process = _process(services.ray_pid, services.ray_started)
             if process is None or process.status() == psutil.STATUS_ZOMBIE:
                 msg = "Ray ended, and the service with it\n\nHint: look at `ray.log` in the home, and start again."
                 raise ServiceError(msg)
@@ -361,9 +362,10 @@ def _stop_recorded(home: Home) -> int:
     if services is None:
         _say(f"serve: no service is recorded in {home.uri}")
         return 0
-    if services.pid is not None and psutil.pid_exists(services.pid):
-        os.kill(services.pid, signal.SIGTERM)
-        psutil.wait_procs([psutil.Process(services.pid)], timeout=_DRAIN_S + _RAY_STOP_S)
+    waiting = _process(services.pid, services.pid_started)
+    if waiting is not None:
+        waiting.terminate()
+        psutil.wait_procs([waiting], timeout=_DRAIN_S + _RAY_STOP_S)
     else:
         stop(home, services)
     _say("serve: stopped")
@@ -378,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--detach", action="store_true", help="return when the service is healthy, and leave it running"
     )
+    parser.add_argument("--started-by", choices=("user", "loop"), default="user", help="who starts it, for the record")
     parser.add_argument("--stop", action="store_true", help="stop the service that is recorded in the home")
     options = parser.parse_args(argv)
     if options.stop == (options.recipe is not None):
@@ -391,12 +394,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         ledger = Ledger.open(home.ledger_url)
         _say("serve: starting (Ray, the champion, the gateway)")
-        services = start(home, ledger, recipe)
+        services = start(home, ledger, recipe, started_by=options.started_by)
         _say(f"serve: {services.gateway_url} answers; the key is in {home.local('api_key')}")
         if options.detach:
             _say("serve: detached; stop it with `prefloop serve --stop`")
             return 0
-        services = replace(services, pid=os.getpid())
+        services = replace(services, pid=os.getpid(), pid_started=psutil.Process().create_time())
         services.write(home)
         try:
             _stay(services)

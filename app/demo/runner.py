@@ -52,17 +52,14 @@ def run_demo(
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     began = time.time()
-    # Written before the service is started, so that a demo which was killed still stops its service in the end.
-    mark = home.local("demo", "service-is-mine")
-    if not _running(home):
-        write_atomically(home.filesystem, str(mark), b"")
     arguments = [part for setting in settings for part in ("--set", setting)]
     try:
         code = _child([sys.executable, "-m", "ray_jobs.loop", str(recipe), *arguments], home)
     finally:
-        if mark.exists():
+        services = Services.read(home)
+        # Also one that an earlier demo left when it was killed; never one that a user started.
+        if services is not None and services.started_by == "loop":
             _child([sys.executable, "-m", "serving.deploy", "--stop"], home)
-            mark.unlink()
     if code not in (0, HOLD_EXIT_CODE):
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
         return code
@@ -175,11 +172,6 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
 def _jsonl(prompts: Sequence[Prompt]) -> bytes:
     rows = ({"id": p.id, "prompt": p.text, "cluster": p.cluster} for p in prompts)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _running(home: Home) -> bool:
-    services = Services.read(home)
-    return services is not None and services.healthy()
 
 
 def _child(command: Sequence[str], home: Home) -> int:

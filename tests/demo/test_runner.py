@@ -1,6 +1,7 @@
 """The demo's report says what the ledger says."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from app.config import load_recipe
 from app.demo.runner import make_report, run_demo
 from app.errors import DataError, RecipeError
 from app.ledger import EvaluationRow, RunRow, now
+from app.services import Services
 
 RECIPE = "recipes/demo_only.yaml"
 
@@ -88,3 +90,17 @@ def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
     few.write_text('{"prompt": "one"}\n')
     with pytest.raises(DataError, match="give at least 190 prompts"):
         run_demo(home, audience="style", **(options | {"prompts": few}))
+
+
+@pytest.mark.parametrize(("started_by", "stopped"), [("loop", True), ("user", False)])
+def test_the_demo_stops_the_service_of_its_loop_and_never_a_users(home, monkeypatch, started_by, stopped):
+    commands = []
+
+    def child(command, _home):
+        commands.append(command)
+        return 1
+
+    monkeypatch.setattr("app.demo.runner._child", child)
+    Services("http://127.0.0.1:9", "http://127.0.0.1:9", "127.0.0.1:9", started_by=started_by).write(home)
+    run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=None, overrides=[])
+    assert any("--stop" in command for command in commands) == stopped

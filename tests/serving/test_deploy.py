@@ -1,0 +1,28 @@
+"""Stopping what is recorded, without a cluster."""
+
+import subprocess
+import sys
+
+import pytest
+
+from app.services import Services
+from app.storage import Home
+from serving.deploy import main
+
+
+@pytest.fixture
+def bystander():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) as process:
+        yield process
+        process.kill()
+
+
+def test_stop_leaves_a_process_alone_that_took_over_a_recorded_id(tmp_path, monkeypatch, bystander):
+    home = Home.at(tmp_path / "home")
+    monkeypatch.setenv("PREFLOOP_HOME", home.uri)
+    nowhere = "http://127.0.0.1:9"
+    taken = {"pid": bystander.pid, "pid_started": 1.0, "ray_pid": bystander.pid, "ray_started": 1.0}
+    Services(nowhere, nowhere, "127.0.0.1:9", **taken).write(home)
+    assert main(["--stop"]) == 0
+    assert bystander.poll() is None
+    assert Services.read(home) is None
