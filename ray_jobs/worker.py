@@ -46,7 +46,7 @@ SHUFFLE_WINDOW = 4096
 RESULT = "result.json"
 EXPORT = "export"
 _READ_BATCH = 256
-_STEP_ZERO_GROUPS = 8
+_STEP_ZERO_GROUPS = 4
 
 
 @dataclass(frozen=True)
