@@ -117,12 +117,15 @@ def _decode(
 ) -> Iterator[int]:
     """Give every row its tokens and yield each row as it ends; ended rows leave the batch and cost no more."""
     model: Any = loaded.model
+    window = context_window(loaded.model)
     fed, attended = _left_padded([row.request.prompt_ids for row in rows], filler=loaded.end_ids[0])
     fed, attended = fed.to(model.device), attended.to(model.device)
     cache = None
     places = list(range(len(rows)))
     while any(rows[i].finish_reason is None for i in places):
-        positions = (attended.cumsum(dim=-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        # A row that has ended may wait in the batch beyond the model's last position.
+        last = None if window is None else window - 1
+        positions = (attended.cumsum(dim=-1) - 1).clamp(min=0, max=last)[:, -fed.shape[1] :]
         output = model(
             input_ids=fed,
             attention_mask=attended,
@@ -148,7 +151,7 @@ def _decode(
         if 0 < len(open_) <= _COMPACTION * len(places):
             # Copying the cache costs about a token's worth of time, so it waits until it is worth it.
             kept = torch.tensor(open_, device=model.device)
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             attended, chosen, places = attended[kept], chosen[kept], [places[place] for place in open_]
         fed = chosen[:, None]
         attended = torch.cat([attended, attended.new_ones(len(places), 1)], dim=1)

@@ -277,7 +277,11 @@ class Ledger:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Run queries on one consistent state."""
-        with Session(self.engine.execution_options(**{_READ_ONLY: True}), expire_on_commit=False) as session:
+        options: dict[str, Any] = {_READ_ONLY: True}
+        if self.engine.dialect.name == "postgresql":
+            # Its default lets every statement see what was committed since the one before.
+            options["isolation_level"] = "REPEATABLE READ"
+        with Session(self.engine.execution_options(**options), expire_on_commit=False) as session:
             yield session
 
     def record_response(self, response: ResponseRow) -> None:

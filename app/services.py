@@ -7,6 +7,7 @@ stand here, because jobs change what is deployed.
 
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,16 @@ def ray_token() -> str | None:
         return ray_token_path().read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
+
+
+def ensure_ray_token() -> None:
+    """See to it that there is a token which only its owner can read; Ray would write one readable by everybody."""
+    if ray_token() is None:
+        path = ray_token_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(32))
+    elif ray_token_path().exists():
+        ray_token_path().chmod(0o600)

@@ -12,6 +12,8 @@ class Meter:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        # Not `is_terminal`, which FORCE_COLOR makes true for a log, too.
+        self._live = console.file.isatty() and not console.is_dumb_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -19,7 +21,7 @@ class Meter:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
         )
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
@@ -37,7 +39,7 @@ class Meter:
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` parts of the work `name` are done; may be called from another thread."""
-        if self._console.is_terminal:
+        if self._live:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=total, note=note)
             self._bars.update(self._tasks[name], completed=done, total=total, note=note)

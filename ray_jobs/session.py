@@ -21,7 +21,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from app.config import Recipe, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
-from app.services import ServeApi, Services, ray_token, submitted_runtime_env
+from app.services import ServeApi, Services, ensure_ray_token, ray_token, submitted_runtime_env
 from app.storage import HOME_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -86,6 +86,7 @@ def ray_cluster(home: Home) -> Any:
     }
     address = _running_cluster(home)
     if address is None:
+        ensure_ray_token()
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:

@@ -11,7 +11,6 @@ seconds to import, in which Ctrl-C could not be answered in order, so they are i
 import argparse
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -32,9 +31,9 @@ from app.services import (
     REPLICA,
     ServeApi,
     Services,
+    ensure_ray_token,
     forget_services,
     ray_token,
-    ray_token_path,
     submitted_runtime_env,
 )
 from app.storage import HOME_VARIABLE, Home
@@ -66,8 +65,10 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
         _check_port(section.host, section.port)
     champion = first_champion(home, ledger, recipe)
     if cluster is None:
-        cluster = _start_cluster(home)
-    services = replace(cluster, gateway_url=url, started_by=started_by)
+        cluster = replace(_start_cluster(home), started_by=started_by)
+    # Whoever started the cluster that was found is the one who may stop it.
+    owner = started_by if cluster.ray_pid is None else cluster.started_by
+    services = replace(cluster, gateway_url=url, started_by=owner)
     services.write(home)
     try:
         _deploy(home, section, champion, ServeApi(services.ray_dashboard_url))
@@ -150,7 +151,7 @@ def _find_cluster(known: Services | None) -> Services | None:
 
 
 def _start_cluster(home: Home) -> Services:
-    _ensure_ray_token()
+    ensure_ray_token()
     port, dashboard_port, client_port, agent_port = (_free_port(p) for p in (6379, 8265, 10001, 52365))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--num-cpus", str(max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1))]
@@ -198,19 +199,6 @@ def _start_cluster(home: Home) -> Services:
     return services
 
 
-def _ensure_ray_token() -> None:
-    if ray_token() is None:
-        path = ray_token_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        # Ray itself would write it readable by everybody.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-            stream.write(secrets.token_hex(32))
-    elif ray_token_path().exists():
-        ray_token_path().chmod(0o600)
-
-
 def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: ServeApi) -> None:
     running = api.details()
     existing = running.get("http_options") or {}
@@ -226,8 +214,7 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
         "route_prefix": "/",
         "import_path": "serving.application:build",
         "args": {"home": home.uri, "serving": section.model_dump(mode="json")},
-        # Waiting threads must not spin: replicas, train workers and Ray share the cores.
-        "runtime_env": code | {"env_vars": {HOME_VARIABLE: home.uri, "OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": code | {"env_vars": {HOME_VARIABLE: home.uri}},
         "deployments": [
             {"name": REPLICA, "user_config": {"model_id": champion.model_id, "revision": champion.revision}}
         ],
@@ -364,7 +351,8 @@ def _stop_recorded(home: Home) -> int:
         return 0
     waiting = _process(services.pid, services.pid_started)
     if waiting is not None:
-        waiting.terminate()
+        with suppress(psutil.NoSuchProcess):
+            waiting.terminate()
         psutil.wait_procs([waiting], timeout=_DRAIN_S + _RAY_STOP_S)
     else:
         stop(home, services)

@@ -8,6 +8,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -55,6 +56,9 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("prefloop", deadline=None)
+settings.load_profile("prefloop")
 # Tiny models gain nothing from threads, and threads of several processes get in each other's way.
 torch.set_num_threads(1)
 

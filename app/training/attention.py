@@ -17,8 +17,8 @@ from app.errors import ModelError
 from app.training.batch import Segment
 
 ATTENTION_NAME = "prefloop_packed"
-_MATMUL_CELLS = 2048 * 2048
-"""Above this many scores for each head their memory costs more than the slow kernel does."""
+_MATMUL_CELLS = 2**23
+"""Scores of one call, over all heads. They stay until backward (2 bytes each, for every layer), the kernel's do not."""
 
 
 def register() -> None:
@@ -95,13 +95,15 @@ def _attend_group(
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
     """Attend causally; the last query stands at the last key. Query [1, heads, Q, D], key and value [1, _, K, D]."""
     queries, keys = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and queries * keys <= _MATMUL_CELLS:
-        return _attend_by_matmul(query, key, value, _mask(queries, keys - queries, window, query.device), scaling)
+    # Under autocast a rotated query may be fp32 beside a bf16 value; the kernel would compute in bf16 then, too.
+    if value.device.type == "cpu" and value.dtype == torch.bfloat16 and query[..., 0].numel() * keys <= _MATMUL_CELLS:
+        mask = _mask(queries, keys, window, query.device)
+        return _attend_by_matmul(query.to(value.dtype), key.to(value.dtype), value, mask, scaling)
     grouped = query.shape[1] != key.shape[1]
     if queries == keys and window is None:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
-    mask = _mask(queries, keys - queries, window, query.device)
+    mask = _mask(queries, keys, window, query.device)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
@@ -117,13 +119,19 @@ def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     with torch.autocast("cpu", enabled=False):
         # The sums inside of a bf16 softmax are fp32.
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return torch.bmm(weights.view(key_heads, shared * queries, keys), value[0]).view(1, heads, queries, width)
+    attended = torch.bmm(weights.view(key_heads, shared * queries, keys), value[0])
+    return attended.view(1, heads, queries, value.shape[-1])
 
 
-@lru_cache(maxsize=4096)
-def _mask(queries: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, offset + queries]: query i stands at position offset + i."""
-    positions = torch.arange(offset + queries, device=device)
-    distance = positions[offset:, None] - positions[None, :]
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys]: which keys a query sees; the last query stands at the last key."""
+    return _causal(1 << (keys - 1).bit_length(), window, device)[keys - queries : keys, :keys]
+
+
+@lru_cache(maxsize=64)
+def _causal(size: int, window: int | None, device: torch.device) -> Tensor:
+    """[size, size], of which masks are parts: one for each length would fill the memory."""
+    positions = torch.arange(size, device=device)
+    distance = positions[:, None] - positions[None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

@@ -136,7 +136,9 @@ class _TargetLogps(torch.autograd.Function):
             *map(_row_parts, (result, logits, normalisers[:, None], -gradient)), strict=True
         ):
             into.copy_(_wide(part).sub(normaliser).exp_().mul_(scale))
-        result.scatter_add_(1, targets[:, None], gradient.to(result.dtype))
+        # (1 - p) g is rounded once: rounded -p g plus rounded g would lose a likely token's gradient.
+        logps = _wide(logits.gather(1, targets[:, None])) - normalisers[:, None]
+        result.scatter_(1, targets[:, None], (-torch.expm1(logps) * gradient).to(result.dtype))
         return result, None
 
 

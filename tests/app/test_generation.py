@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
 from app.errors import ModelError
 from app.generation import GenerationRequest, answer_text, context_window, generate, nucleus
@@ -40,20 +48,35 @@ def forced_logps(model, prompt, answer):
 
 
 def test_a_greedy_batch_equals_transformers_own_generate_row_by_row(loaded):
-    answers = generate(loaded, [request(p, max_tokens=12) for p in PROMPTS])
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    # Of ten rows one that has ended stays in the batch for a while, and the batch shrinks more than once.
+    prompts, limits = [*PROMPTS, *PROMPTS, *PROMPTS[:2]], (3, 12, 5, 9, 2, 12, 12, 7, 11, 12)
+    answers = generate(loaded, [request(p, max_tokens=n) for p, n in zip(prompts, limits, strict=True)])
+    for prompt, limit, answer in zip(prompts, limits, answers, strict=True):
         ids = torch.tensor([prompt])
         alone = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=1
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=1
         )
         assert list(answer.token_ids) == alone[0, len(prompt) :].tolist()
+
+
+def test_rows_that_ended_leave_the_batch(loaded, monkeypatch):
+    rows_computed = []
+    forward = loaded.model.forward
+
+    def watched(*arguments, **keywords):
+        rows_computed.append(len(keywords["input_ids"]))
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(loaded.model, "forward", watched)
+    answers = generate(loaded, [request(p, max_tokens=n) for p, n in zip(PROMPTS, (2, 12, 4, 12), strict=True)])
+    lengths = [len(answer.token_ids) for answer in answers]
+    assert rows_computed == [sum(n > step for n in lengths) for step in range(max(lengths))]
 
 
 def test_a_seeded_row_does_not_depend_on_its_company(loaded):
     alone = generate(loaded, [request(temperature=1.0, seed=3, max_tokens=20)])[0]
     company = [
-        request(p, temperature=0.7, top_p=0.9, seed=i, max_tokens=5 + 9 * i)
-        for i, p in enumerate(PROMPTS[1:], start=50)
+        request(p, temperature=0.7, top_p=0.9, seed=50 + i, max_tokens=5 + 9 * i) for i, p in enumerate(PROMPTS[1:])
     ]
     together = generate(loaded, [*company, request(temperature=1.0, seed=3, max_tokens=20)])[-1]
     assert together.token_ids == alone.token_ids
@@ -212,3 +235,27 @@ def test_a_request_that_cannot_be_answered_is_refused_by_name(loaded, wrong, nam
     assert context_window(loaded.model) == 2048
     with pytest.raises(ModelError, match=named):
         generate(loaded, [request(), wrong])
+
+
+def test_rows_leave_the_batch_of_a_model_with_convolution_layers(loaded):
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    hybrid = Loaded(Lfm2ForCausalLM(config).eval(), loaded.tokenizer, (1,))
+    # Prompts of one length: left padding is no business of a convolution's.
+    prompts, limits = [(5, 9, 30), (7, 8, 9), (200, 100, 50)], (2, 10, 6)
+    answers = generate(hybrid, [request(p, max_tokens=n) for p, n in zip(prompts, limits, strict=True)])
+    for prompt, limit, answer in zip(prompts, limits, answers, strict=True):
+        (alone,) = generate(hybrid, [request(prompt, max_tokens=limit)])
+        assert answer.token_ids == alone.token_ids

@@ -6,7 +6,7 @@ from ray_jobs.progress import Meter
 
 
 def test_a_log_gets_one_line_for_every_tenth_part():
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, no_color=True)
     with Meter(console) as meter:
         for done in range(1, 101):
             meter.show("train: steps", done, 100, f"loss {done}")
@@ -15,8 +15,14 @@ def test_a_log_gets_one_line_for_every_tenth_part():
     assert lines == [f"train: steps: {n} of 100, loss {n}" for n in range(10, 101, 10)]
 
 
-def test_a_terminal_gets_a_bar_for_each_piece_of_work():
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_for_each_piece_of_work(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=Terminal(), width=120)
     with Meter(console) as meter:
         meter.show("answers of a", 3, 10)
         meter.show("answers of b", 7, 10, "slow")

@@ -1,5 +1,6 @@
 """Stopping what is recorded, without a cluster."""
 
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,14 @@ import pytest
 from app.services import Services
 from app.storage import Home
 from serving.deploy import main
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

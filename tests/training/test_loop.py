@@ -22,7 +22,7 @@ from app.training.loop import (
     optimise,
 )
 from app.training.objectives import dpo
-from app.training.policy import adapter_off_logps, build_policy, merged_model, trainable
+from app.training.policy import adapter_off_logps, autocast, build_policy, merged_model, trainable
 from app.training.scoring import plain_logps
 from app.training.tokenization import Group, Preference
 
@@ -57,13 +57,13 @@ def start(home, ledger, tiny_model, tmp_path):
     return partial(load_model, home, row.model_id, dtype="float32")
 
 
-def run(start, section, groups, *, optimizer=None, steps=None):
+def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTIVE):
     policy = build_policy(start(), section)
     reports = list(
         optimise(
             policy,
             steps or list(step_groups(groups, section.batch_pairs)),
-            objective=OBJECTIVE,
+            objective=objective,
             optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section),
             section=section,
             total_steps=20,
@@ -91,11 +91,13 @@ def test_training_raises_the_margin_of_what_it_trains_on(start):
     assert reports[-1].reward_accuracy == 1.0
 
 
-def test_token_budget_and_order_inside_a_step_do_not_change_the_gradient(start):
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_token_budget_and_order_inside_a_step_do_not_change_the_gradient(start, sft_weight):
     groups = make_groups(6)
-    one, _ = run(start, SECTION, groups, optimizer=sgd, steps=[groups])
+    settings = {"optimizer": sgd, "objective": partial(dpo, beta=0.1, sft_weight=sft_weight)}
+    one, _ = run(start, SECTION, groups, steps=[groups], **settings)
     small = SECTION.model_copy(update={"micro_batch_tokens": 16})
-    other, _ = run(start, small, groups, optimizer=sgd, steps=[groups[::-1]])
+    other, _ = run(start, small, groups, steps=[groups[::-1]], **settings)
     for (name, a), b in zip(trainable(one).items(), trainable(other).values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
 
@@ -223,3 +225,28 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert [factor(i) for i in range(3)] == [0.5, 1.0, 1.0]
     assert factor(9) == pytest.approx(1 / 8)
     assert learning_rate_factor(6, total_steps=10, warmup_ratio=0.2, schedule="cosine") == pytest.approx(0.5)
+
+
+def test_bf16_on_a_cpu_scores_and_learns_like_fp32(start):
+    """The path of the recipes: bf16 base, fp32 adapters, autocast, attention by matrix products."""
+    groups = make_groups(8)
+    weights = torch.linspace(-1, 1, sum(len(g.responses) for g in groups))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        policy = build_policy(start(dtype=dtype), SECTION)
+        with torch.no_grad():
+            for name, parameter in trainable(policy).items():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        with autocast(torch.device("cpu"), dtype):
+            logps = policy(PackedBatch.pack(groups)).logps
+            plain = plain_logps(policy.model, groups).detach()
+        (logps * weights).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainable(policy).values()])
+        found.append((logps.detach(), plain, gradient))
+    (logps, plain, gradient), (half_logps, half_plain, half_gradient) = found
+    assert torch.allclose(logps, plain, atol=1e-4)
+    assert torch.allclose(half_logps, logps, rtol=5e-3)
+    assert torch.allclose(half_plain, logps, rtol=5e-3)
+    assert half_gradient.dtype == torch.float32
+    assert torch.cosine_similarity(half_gradient, gradient, dim=0) > 0.995

@@ -138,14 +138,25 @@ def test_a_micro_batch_exceeds_its_budget_only_for_a_single_group(sizes, budget)
 )
 def test_attention_by_matrix_products_is_the_kernels_attention(queries, keys, window):
     torch.manual_seed(0)
-    shapes = ((1, 6, queries, 8), (1, 2, keys, 8), (1, 2, keys, 8))
+    shapes = ((1, 6, queries, 8), (1, 2, keys, 8), (1, 2, keys, 5))
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    mask = attention._mask(queries, keys - queries, window, torch.device("cpu"))
-    weights = torch.randn(1, 6, queries, 8, dtype=torch.float64)
+    mask = attention._mask(queries, keys, window, torch.device("cpu"))
+    weights = torch.randn(1, 6, queries, 5, dtype=torch.float64)
     results = attention._attend(*inputs, window, None), attention._attend_by_matmul(*inputs, mask, None)
     gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in results]
     for one, other in ((results[0], results[1]), *zip(*gradients, strict=True)):
         assert torch.allclose(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_a_likely_tokens_gradient_survives_bf16():
+    logits = torch.randn(40, 97) * 4
+    targets = logits.argmax(-1)
+    logits[range(40), targets] += torch.linspace(0, 8, 40)
+    half = logits.bfloat16().requires_grad_()
+    wide = half.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(scoring._target_logps(torch.nn.Identity(), half, targets).sum(), half)
+    (expected,) = torch.autograd.grad(wide.log_softmax(-1).gather(1, targets[:, None]).sum(), wide)
+    assert torch.allclose(found.gather(1, targets[:, None]).double(), expected.gather(1, targets[:, None]), rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
