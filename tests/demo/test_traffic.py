@@ -13,10 +13,12 @@ from app.demo.traffic import Traffic
 
 
 class Service:
-    """Answers as `model`; `fails` and `cuts` make trouble."""
+    """Answers as `model`; `fails` and `cuts` make trouble; streams end only while `flows` is set."""
 
     def __init__(self):
         self.model, self.fails, self.cuts = "old", False, False
+        self.flows, self.held = threading.Event(), threading.Semaphore(0)
+        self.flows.set()
 
 
 @contextmanager
@@ -35,6 +37,9 @@ def served(service: Service):
                 self.wfile.write(f"data: {json.dumps({'model': model})}\n\n".encode())
                 self.wfile.flush()
                 time.sleep(0.02)
+            if not service.flows.is_set():
+                service.held.release()
+                service.flows.wait(30)
             if not service.cuts:
                 self.wfile.write(b"data: [DONE]\n\n")
 
@@ -60,15 +65,17 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
     service = Service()
     with served(service) as url, Traffic(url, "key", section) as traffic:
         traffic.wait_for_answers()
-        time.sleep(0.1)
+        service.flows.clear()
+        assert all(service.held.acquire(timeout=30) for _ in range(2)), "two streams are open"
         service.model = "new"
         traffic.mark_switch()
+        service.flows.set()
         traffic.wait_for_answers(from_model="new")
     report = traffic.report()
     assert report["requests_during_switch"] >= 40
     assert report["failed_requests"] == 0
     assert set(report["models_seen"]) == {"old", "new"}
-    assert report["streams_across_switch"] >= 1
+    assert report["streams_across_switch"] == 2
 
 
 @pytest.mark.parametrize("trouble", ["fails", "cuts"])

@@ -313,7 +313,7 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
             first = next(chunks)
             opened.wait(30)
             *_, last = chunks
-            return first.model, last.model, last.choices[0].finish_reason, time.monotonic()
+            return first.model, last.model, last.choices[0].finish_reason, now()
         except (openai.OpenAIError, StopIteration) as error:
             failures.append(repr(error))
             raise
@@ -333,7 +333,6 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
             time.sleep(0.05)
         streams = [pool.submit(stream) for _ in range(2)]
         opened.wait(30)
-        switching = time.monotonic()
         result = stage.ship()
         ends = [future.result(60) for future in streams]
         deadline = time.monotonic() + 30
@@ -353,9 +352,10 @@ def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
     )
     assert stage.champion() == (stage.models["good"], 2)
     assert stage.served() == [stage.champion()]
+    moved_at = stage.ledger.champion(stage.recipe.serving.deployment).updated_at
     for first, last, finish, ended in ends:
         assert (first, last, finish) == (stage.models["sft"], stage.models["sft"], "length")
-        assert ended > switching
+        assert ended > moved_at
     models = [model for _, model in answered]
     assert set(models) == {stage.models["sft"], stage.models["good"]}
     stored = stage.responses()
