@@ -319,7 +319,7 @@ def _first_line(error: TrainingFailedError) -> str:
     causes = [str(cause) for cause in failures.values()] or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
-    return (named or lines or ["unknown"])[-1]
+    return named[-1] if named else (lines or ["unknown"])[0]
 
 
 def print_learning(console: Console, learning: Learning | None) -> None:

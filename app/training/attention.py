@@ -5,6 +5,7 @@ keys and its own. The layout reaches the function as the keyword argument `segme
 `sdpa` on the same row is silently wrong: it takes the restart of positions for a new document.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +18,6 @@ from app.errors import ModelError
 from app.training.batch import Segment
 
 ATTENTION_NAME = "prefloop_packed"
-_MATMUL_CELLS = 2**23
-"""Scores of one call, over all heads. They stay until backward (2 bytes each, for every layer), the kernel's do not."""
 
 
 def register() -> None:
@@ -70,8 +69,14 @@ def packed_attention(
             f"{type(module).__name__} caps its attention scores (softcap), which the packed attention does not compute"
         )
         raise ModelError(msg)
-    outputs = [_attend_group(query, key, value, segment, scaling, sliding_window) for segment in segments]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    dtype, device = value.dtype, value.device.type
+    # torch's CPU kernel takes twice as long in bf16 as in fp32, most of it in backward, and rounds more.
+    narrow = device == "cpu" and dtype == torch.bfloat16
+    with torch.autocast(device, enabled=False) if narrow else nullcontext():
+        if narrow:
+            query, key, value = query.float(), key.float(), value.float()
+        outputs = [_attend_group(query, key, value, segment, scaling, sliding_window) for segment in segments]
+        return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
 
 
 def _attend_group(
@@ -95,32 +100,12 @@ def _attend_group(
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
     """Attend causally; the last query stands at the last key. Query [1, heads, Q, D], key and value [1, _, K, D]."""
     queries, keys = query.shape[2], key.shape[2]
-    # Under autocast a rotated query may be fp32 beside a bf16 value; the kernel would compute in bf16 then, too.
-    if value.device.type == "cpu" and value.dtype == torch.bfloat16 and query[..., 0].numel() * keys <= _MATMUL_CELLS:
-        mask = _mask(queries, keys, window, query.device)
-        return _attend_by_matmul(query.to(value.dtype), key.to(value.dtype), value, mask, scaling)
     grouped = query.shape[1] != key.shape[1]
     if queries == keys and window is None:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
     mask = _mask(queries, keys, window, query.device)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-
-
-def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Attend as transformers' `eager` does: torch's CPU kernel takes three times as long in bf16, most in backward."""
-    _, heads, queries, width = query.shape
-    key_heads, keys = key.shape[1:3]
-    shared = heads // key_heads
-    scale = width**-0.5 if scaling is None else scaling
-    # Query heads that share a key head are rows of one product.
-    rows = (query * scale).reshape(key_heads, shared * queries, width)
-    scores = torch.bmm(rows, key[0].transpose(1, 2)).view(key_heads, shared, queries, keys)
-    with torch.autocast("cpu", enabled=False):
-        # The sums inside of a bf16 softmax are fp32.
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    attended = torch.bmm(weights.view(key_heads, shared * queries, keys), value[0])
-    return attended.view(1, heads, queries, value.shape[-1])
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -228,7 +228,7 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 
 def test_bf16_on_a_cpu_scores_and_learns_like_fp32(start):
-    """The path of the recipes: bf16 base, fp32 adapters, autocast, attention by matrix products."""
+    """The path of the recipes: bf16 base, fp32 adapters, autocast, attention in fp32."""
     groups = make_groups(8)
     weights = torch.linspace(-1, 1, sum(len(g.responses) for g in groups))
     found = []

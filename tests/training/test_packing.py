@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from app.errors import DataError, ModelError
-from app.training import attention, scoring
+from app.training import scoring
 from app.training.batch import PackedBatch, micro_batches, rank_share, step_groups
 from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group, Preference
@@ -133,22 +133,8 @@ def test_a_micro_batch_exceeds_its_budget_only_for_a_single_group(sizes, budget)
         assert batch.input_ids.shape[1] <= budget or len(batch.segments) == 1
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys", "window"), [(9, 9, None), (9, 9, 4), (5, 12, None), (5, 12, 3), (1, 1, None)]
-)
-def test_attention_by_matrix_products_is_the_kernels_attention(queries, keys, window):
-    torch.manual_seed(0)
-    shapes = ((1, 6, queries, 8), (1, 2, keys, 8), (1, 2, keys, 5))
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    mask = attention._mask(queries, keys, window, torch.device("cpu"))
-    weights = torch.randn(1, 6, queries, 5, dtype=torch.float64)
-    results = attention._attend(*inputs, window, None), attention._attend_by_matmul(*inputs, mask, None)
-    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in results]
-    for one, other in ((results[0], results[1]), *zip(*gradients, strict=True)):
-        assert torch.allclose(one, other, atol=1e-12, rtol=1e-12)
-
-
 def test_a_likely_tokens_gradient_survives_bf16():
+    torch.manual_seed(0)
     logits = torch.randn(40, 97) * 4
     targets = logits.argmax(-1)
     logits[range(40), targets] += torch.linspace(0, 8, 40)
@@ -156,7 +142,9 @@ def test_a_likely_tokens_gradient_survives_bf16():
     wide = half.detach().double().requires_grad_()
     (found,) = torch.autograd.grad(scoring._target_logps(torch.nn.Identity(), half, targets).sum(), half)
     (expected,) = torch.autograd.grad(wide.log_softmax(-1).gather(1, targets[:, None]).sum(), wide)
-    assert torch.allclose(found.gather(1, targets[:, None]).double(), expected.gather(1, targets[:, None]), rtol=1e-2)
+    assert torch.allclose(
+        found.gather(1, targets[:, None]).double(), expected.gather(1, targets[:, None]), rtol=1e-2, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
