@@ -32,7 +32,8 @@ _NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Nats for the square root of a token, root mean square over responses.
 
 Rounding errors of tokens are independent, so they grow with the square root of a response's length: SmolLM2-135M in
-bf16 is 0.04 to 0.05 from fp32, by plain rows as well as packed. Another model or a wrong mask is above 0.5.
+bf16 is 0.04 to 0.05 from fp32, by plain rows as well as packed. Measured on four groups of the demo: packed against plain
+rows 0.08, the SFT model against the first champion 1.3, stock attention on the packed row 6.8.
 """
 
 
