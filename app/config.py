@@ -97,6 +97,7 @@ class TrainSection(Section):
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
     epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    min_steps: int | None = Field(None, ge=1, description="More epochs than asked until this many steps are reached.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps.")
     batch_pairs: int = Field(16, ge=1, description="Pairs of one optimizer step, over all workers.")
     micro_batch_tokens: int = Field(2048, ge=16, description="Token budget of one forward pass of one worker.")
@@ -113,6 +114,9 @@ class TrainSection(Section):
             raise ValueError(msg)
         if self.adapter == "full" and "lora" in self.model_fields_set:
             msg = "`lora` has no effect with `adapter: full`: remove it"
+            raise ValueError(msg)
+        if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
+            msg = f"`min_steps` = {self.min_steps} is more than `max_steps` = {self.max_steps}"
             raise ValueError(msg)
         return self
 

@@ -163,7 +163,8 @@ def _stages(session: Session, run: LoopRun, console: Console) -> str:
     _say(console, "build_pairs", f"{pairs['pairs']} pairs from {pairs['by_source']}")
     with ray_cluster(home):
         prepared = run.stage(
-            "prepare", lambda: {"snapshot": prepare(home, ledger, recipe, pairs["snapshot"]).snapshot_id}
+            "prepare",
+            lambda: {"snapshot": prepare(home, ledger, recipe, pairs["snapshot"], console=console).snapshot_id},
         )
         _say(console, "prepare", f"training snapshot {prepared['snapshot']}")
         trained = run.stage("train", lambda: _trained(home, ledger, recipe, prepared["snapshot"], run, console))

@@ -3,13 +3,15 @@
     python -m ray_jobs.prepare RECIPE.yaml [--set a.b=c]
 
 Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
-Ray Data actors that hold it. What cannot train is counted by reason in the manifest.
+Ray Data actors that hold it. What cannot train is counted by reason in the manifest. A training snapshot that was made
+of the same pairs, template, reference and compute type is used again.
 """
 
 import argparse
 import math
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -30,6 +32,7 @@ from app.training.policy import autocast
 from app.training.scoring import ScoringModel
 from app.training.snapshots import (
     Binding,
+    find_training_snapshot,
     from_row,
     global_order,
     groups_of_table,
@@ -37,6 +40,7 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, encode_groups
+from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 
 _SCORE_BATCH = 64
@@ -54,8 +58,10 @@ def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> Model
     return row
 
 
-def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -> SnapshotRow:
-    """Write the training snapshot of a pair snapshot and return its ledger row.
+def prepare(
+    home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, *, console: Console | None = None
+) -> SnapshotRow:
+    """Write the training snapshot of a pair snapshot, or find it, and return its ledger row.
 
     Raises:
         DataError: no row can train, or a row is too long and the recipe refuses that.
@@ -63,6 +69,20 @@ def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     loaded = load_model(home, start.model_id, dtype=recipe.train.dtype)
+    precomputed = recipe.train.reference == "precomputed"
+    binding = Binding(
+        pair_snapshot_id=pair_snapshot_id,
+        template_digest=loaded.template_digest,
+        max_length=recipe.prepare.max_length,
+        too_long=recipe.prepare.too_long,
+        seed=recipe.prepare.seed,
+        reference_digest=reference.digest if precomputed else None,
+        dtype=recipe.train.dtype if precomputed else None,
+    )
+    rows_per_file = recipe.prepare.rows_per_file
+    found = find_training_snapshot(home, ledger, binding, rows_per_file=rows_per_file)
+    if found is not None:
+        return found
     pairs = read_pairs(home, pair_snapshot_id)
     groups, audit = encode_groups(
         pairs,
@@ -82,22 +102,13 @@ def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
         raise DataError(msg)
     ordered = global_order(groups, recipe.prepare.seed)
-    precomputed = recipe.train.reference == "precomputed"
     if precomputed:
-        ordered = score_reference(home, reference.model_id, ordered, recipe)
+        ordered = score_reference(home, reference.model_id, ordered, recipe, console)
     return write_training_snapshot(
         home,
         ledger,
         ordered,
-        binding=Binding(
-            pair_snapshot_id=pair_snapshot_id,
-            template_digest=loaded.template_digest,
-            max_length=recipe.prepare.max_length,
-            too_long=recipe.prepare.too_long,
-            seed=recipe.prepare.seed,
-            reference_digest=reference.digest if precomputed else None,
-            dtype=recipe.train.dtype if precomputed else None,
-        ),
+        binding=binding,
         counts={
             "kept": audit.kept - unpaired,
             "dropped": dict(audit.dropped),
@@ -105,16 +116,19 @@ def prepare(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str) -
             "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
             "reference_model": reference.model_id if precomputed else None,
         },
-        rows_per_file=recipe.prepare.rows_per_file,
+        rows_per_file=rows_per_file,
     )
 
 
-def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Recipe) -> list[Group]:
+def score_reference(
+    home: Home, model_id: str, groups: list[Group], recipe: Recipe, console: Console | None
+) -> list[Group]:
     """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order."""
     unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
     workers = recipe.workers
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
     length = math.ceil(len(groups) / blocks)
@@ -135,8 +149,11 @@ def score_reference(home: Home, model_id: str, groups: list[Group], recipe: Reci
         compute=ray.data.ActorPoolStrategy(size=workers.workers),
     )
     rows: list[dict[str, Any]] = []
-    for table in scored.iter_batches(batch_format="pyarrow"):
-        rows += cast("pa.Table", table).to_pylist()
+    with Meter(console) if console is not None else nullcontext() as meter:
+        for table in scored.iter_batches(batch_size=_SCORE_BATCH, batch_format="pyarrow"):
+            rows += cast("pa.Table", table).to_pylist()
+            if meter is not None:
+                meter.show("prepare: prompts scored by the reference", len(rows), len(groups))
     by_index = {row["row_index"]: from_row(row) for row in rows}
     if len(by_index) != len(groups):
         msg = f"the reference pass returned {len(by_index)} of {len(groups)} rows"
@@ -181,9 +198,10 @@ class ReferenceScorer:
 def _body(session: Session, options: argparse.Namespace) -> int:
     del options
     pair_snapshot = resolve_snapshot(session.home, session.ledger, session.recipe.snapshot, kind="pairs")
+    console = Console()
     with ray_cluster(session.home):
-        row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id)
-    print_summary(Console(), row)
+        row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id, console=console)
+    print_summary(console, row)
     return 0
 
 

@@ -25,6 +25,12 @@ from app.services import ServeApi, Services, ensure_ray_token, ray_token, submit
 from app.storage import HOME_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+_CHATTY = (
+    "ray.train",
+    # Ray Data configures its own `ray.data` logger when it first runs; what lies below it keeps its level.
+    "ray.data._internal.progress",
+    "ray.data._internal.execution.streaming_executor",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def ray_cluster(home: Home) -> Any:
         except (ConnectionError, RuntimeError) as error:
             msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
             raise ServiceError(msg) from None
-    for name in ("ray.data", "ray.train"):
+    for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield

@@ -26,8 +26,8 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from app.config import Recipe
-from app.errors import DataError, TrainingError
+from app.config import Recipe, TrainSection
+from app.errors import DataError, PrefloopError, TrainingError
 from app.evaluation.learning import Learning, judge_learning
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
@@ -36,7 +36,7 @@ from app.schemas import content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
 from app.training.loop import PairMeasure
-from app.training.snapshots import check_binding, count_steps, epoch_files, train_files
+from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
@@ -76,6 +76,17 @@ class StepRecorder(UserCallback):
             row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
             session.merge(row)
 
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """End the run where a worker refused its input: another attempt would only refuse it again.
+
+        Ray Train raises what a callback raises to the driver, as the `controller_failure` of a `ControllerError`, and
+        retries none of it. It wraps what a worker raised; the wrapper has no public way to it.
+        """
+        for error in worker_exceptions.values():
+            cause = getattr(error, "_base_exc", error)
+            if isinstance(cause, PrefloopError):
+                raise cause
+
     def __getstate__(self) -> dict[str, Any]:
         return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
 
@@ -93,28 +104,23 @@ def train(
 
     Raises:
         DataError: the snapshot does not fit the recipe or has too few pairs.
-        TrainingError: the run failed on the workers.
+        TrainingError: the run failed on the workers more often than `workers.max_failures`.
+        PrefloopError: a worker refused the model or the snapshot; that is not tried again.
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     snapshot = home.artifact("training", training_snapshot_id)
     files = tuple(train_files(snapshot))
-    steps = count_steps(
-        files,
-        seed=recipe.train.seed,
-        epochs=recipe.train.epochs,
-        window=SHUFFLE_WINDOW,
-        batch_pairs=recipe.train.batch_pairs,
-    )
+    section, steps = _lengthened(recipe.train, files)
     _check_snapshot(home, snapshot, recipe, start, reference)
     task = TrainTask(
         home_uri=home.uri,
         identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
         start_model_id=start.model_id,
         policy_is_reference=start.model_id == reference.model_id,
-        section=recipe.train,
+        section=section,
         files=files,
-        total_steps=min(steps, recipe.train.max_steps or steps),
+        total_steps=min(steps, section.max_steps or steps),
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
     _record_start(ledger, recipe, task, reference)
@@ -122,6 +128,11 @@ def train(
         with _progress(ledger, task, console):
             _fit(home, recipe, snapshot, task)
     except TrainingFailedError as error:
+        refusal = getattr(error, "controller_failure", None)
+        if isinstance(refusal, PrefloopError):
+            _record_end(ledger, run_id, status="failed", error=str(refusal))
+            msg = f"run `{run_id}` was refused by a worker: {refusal}"
+            raise type(refusal)(msg) from error
         cause = _first_line(error)
         _record_end(ledger, run_id, status="failed", error=cause)
         msg = f"run `{run_id}` failed: {cause}\n\nHint: the same run id continues from its last checkpoint."
@@ -130,6 +141,20 @@ def train(
         _record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
     return _finish(home, ledger, recipe, task)
+
+
+def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:
+    """Return the section with as many epochs as `min_steps` asks for, and the optimizer steps of these epochs."""
+
+    def steps_of(epochs: int) -> int:
+        return count_steps(
+            files, seed=section.seed, epochs=epochs, window=SHUFFLE_WINDOW, batch_pairs=section.batch_pairs
+        )
+
+    epochs = section.epochs
+    while 0 < (steps := steps_of(epochs)) < (section.min_steps or 0):
+        epochs += 1
+    return section.model_copy(update={"epochs": epochs}), steps
 
 
 @contextmanager
@@ -190,8 +215,8 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
     context.print_on_execution_start = False
     filesystem = snapshot.filesystem
     epochs = []
-    for epoch in range(recipe.train.epochs):
-        ordered = epoch_files(task.files, seed=recipe.train.seed, epoch=epoch)
+    for epoch in range(task.section.epochs):
+        ordered = epoch_files(task.files, seed=task.section.seed, epoch=epoch)
         paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
         # A path that is listed twice in one read vanishes, so each epoch is a data set of its own.
         epochs.append(ray.data.read_parquet(paths, override_num_blocks=len(paths), num_cpus=_READ_CPUS))
@@ -342,7 +367,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         snapshot_id = options.training_snapshot
         if snapshot_id is None:
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
-            row = prepare(home, ledger, recipe, pairs.snapshot_id)
+            row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id
         run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"

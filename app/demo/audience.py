@@ -1,6 +1,7 @@
 """A simulated audience: asks, thumbs, regenerates, compares and edits through the gateway's HTTP API, and nothing else.
 
     ask every prompt once -> know what one is used to -> for each prompt: thumb, regenerate, thumb, compare, edit
+      -> where too few prompts got anything to learn from: regenerate more often
 
 It stands for end users in the demo and is labelled `simulated` in everything it sends (origin, subject, event id). A
 person's taste is hidden from the product: `StyleTaste` follows a style, `RandomTaste` flips coins. Every decision and
@@ -17,7 +18,7 @@ import json
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,11 @@ class Habits:
     """How the audience behaves."""
 
     max_answers: int = 4
-    """Answers that one prompt gets at most, the first included."""
+    """Answers that one prompt gets at most, the first included; twice as many where `enough` is not reached."""
+    enough: int = 100
+    """Prompts that should end with a preference: one answer liked and one not, a decided comparison or an edit."""
+    gives_up_after: int = 2
+    """Answers to a prompt that cannot be judged (cut, empty) before nobody asks it again."""
     compare_share: float = 0.5
     """Share of regenerated answers that are compared with the one before."""
     edit_share: float = 0.5
@@ -210,7 +215,8 @@ def run_audience(
         section: taste, prompts and habits.
         round_id: tells rounds apart; the same prompts in another round are asked again.
         journal: JSONL of answers and acknowledged events; made where it is missing.
-        on_progress: called with prompts visited (each is visited twice: asked, then talked about) and their number.
+        on_progress: called with visits so far and visits in all (a prompt is visited twice: asked, then talked about;
+            a third time where the round gave too little).
 
     Raises:
         DataError: prompts or style cannot be read, or the journal is another audience's or damaged.
@@ -335,7 +341,11 @@ class _Audience:
     journal: Journal
     on_progress: Callable[[int, int], None] | None
     visited: int = 0
+    visits: int = field(init=False)
     client: httpx.AsyncClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.visits = 2 * len(self.prompts)
 
     async def run(self) -> None:
         headers = {"Authorization": f"Bearer {self.endpoint.api_key}"}
@@ -343,53 +353,76 @@ class _Audience:
         async with httpx.AsyncClient(
             base_url=self.endpoint.url, headers=headers, timeout=self.endpoint.timeout_s, limits=limits, trust_env=False
         ) as self.client:
-            await self._each(lambda prompt: self._answer(prompt, 0))
+            await self._each(self._ask)
             firsts = (self.journal.answers[prompt.id, 0] for prompt in self.prompts)
             self.taste.get_used_to([answer.text for answer in firsts if answer.valid])
-            await self._each(self._talk)
+            open_ = await self._each(self._talk)
+            if len(self.prompts) - len(open_) < self.habits.enough:
+                self.visits += len(open_)
+                await self._each(partial(self._talk, limit=2 * self.habits.max_answers), open_)
 
-    async def _each(self, visit: Callable[[Prompt], Any]) -> None:
+    async def _each(
+        self, visit: Callable[[Prompt], Awaitable[bool]], prompts: Sequence[Prompt] | None = None
+    ) -> list[Prompt]:
+        """Visit prompts, some at a time; returns those whose visit came to nothing, in their order."""
+        prompts = self.prompts if prompts is None else prompts
+        came_to: dict[str, bool] = {}
         places = asyncio.Semaphore(self.habits.concurrency)
 
         async def one(prompt: Prompt) -> None:
             async with places:
-                await visit(prompt)
+                came_to[prompt.id] = await visit(prompt)
             self.visited += 1
             if self.on_progress is not None:
-                self.on_progress(self.visited, 2 * len(self.prompts))
+                self.on_progress(self.visited, self.visits)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for prompt in self.prompts:
+                for prompt in prompts:
                     group.create_task(one(prompt))
         except* (ServiceError, DataError) as errors:
             raise _first(errors) from None
+        return [prompt for prompt in prompts if not came_to[prompt.id]]
 
-    async def _talk(self, prompt: Prompt) -> None:
-        """Thumb the first answer; regenerate until one was liked and one was not; compare and edit on the way."""
-        chance = random.Random(f"{self.seed}/{self.round_id}/{prompt.id}")  # noqa: S311
-        # Drawn before any answer is seen, so that a resumed run decides alike.
-        compares = [chance.random() < self.habits.compare_share for _ in range(self.habits.max_answers)]
-        swaps = [chance.random() < 0.5 for _ in range(self.habits.max_answers)]
-        may_edit = chance.random() < self.habits.edit_share
+    async def _ask(self, prompt: Prompt) -> bool:
+        await self._answer(prompt, 0)
+        return True
+
+    async def _talk(self, prompt: Prompt, *, limit: int | None = None) -> bool:
+        """Thumb the first answer; regenerate until one was liked and one was not; compare and edit on the way.
+
+        A prompt that is talked about again, with a higher limit, goes the same way as far as it went before.
+        Returns whether it came to a preference.
+        """
+        may_edit = self._chance(prompt, "edit") < self.habits.edit_share
         opinions: set[str] = set()
+        preferred, unjudged = False, 0
         previous: Heard | None = None
-        for n in range(self.habits.max_answers):
+        for n in range(limit or self.habits.max_answers):
+            if previous is None and unjudged == self.habits.gives_up_after:
+                break
             answer = await self._answer(prompt, n)
             if not answer.valid:
+                unjudged += 1
                 continue
             thumb = self.taste.thumb(answer)
             if thumb is not None:
                 await self._feedback(prompt, answer, "thumb", thumb)
                 opinions.add(thumb)
-            if previous is not None and compares[n]:
-                await self._compare(prompt, *((answer, previous) if swaps[n] else (previous, answer)))
+            if previous is not None and self._chance(prompt, "compare", n) < self.habits.compare_share:
+                swapped = self._chance(prompt, "swap", n) < 0.5
+                preferred |= await self._compare(prompt, *((answer, previous) if swapped else (previous, answer)))
             if may_edit and (better := self.taste.edit(answer)) is not None:
                 await self._feedback(prompt, answer, "edit", better)
-                may_edit = False
+                may_edit, preferred = False, True
             previous = answer
             if len(opinions) == 2:
-                break
+                return True
+        return preferred
+
+    def _chance(self, prompt: Prompt, *what: object) -> float:
+        """Draw from [0, 1), the same in every attempt at a round."""
+        return random.Random(f"{self.seed}/{self.round_id}/{prompt.id}/{what}").random()  # noqa: S311
 
     async def _answer(self, prompt: Prompt, n: int) -> Heard:
         known = self.journal.answers.get((prompt.id, n))
@@ -429,7 +462,8 @@ class _Audience:
     async def _feedback(self, prompt: Prompt, answer: Heard, kind: str, value: str) -> None:
         await self._send("/v1/feedback", prompt, {"response_id": answer.response_id, "kind": kind, "value": value})
 
-    async def _compare(self, prompt: Prompt, left: Heard, right: Heard) -> None:
+    async def _compare(self, prompt: Prompt, left: Heard, right: Heard) -> bool:
+        """Compare two answers; returns whether one was preferred."""
         shown = [left.response_id, right.response_id]
         body = {
             "response_a": left.response_id,
@@ -438,6 +472,7 @@ class _Audience:
             "shown_order": shown,
         }
         await self._send("/v1/comparisons", prompt, body)
+        return body["verdict"] != "A=B"
 
     async def _send(self, path: str, prompt: Prompt, body: dict[str, Any]) -> None:
         # The responses are part of the id: were the journal lost, new answers would make new events.

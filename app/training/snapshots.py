@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import sqlalchemy as sa
 
 from app.errors import DataError
 from app.ledger import Ledger, SnapshotRow, now
+from app.models import code_version
 from app.schemas import TRAINING_SCHEMA, Split, content_hash
 from app.storage import Artifact, Home, read_parquet
 from app.training.batch import cut_steps
@@ -64,6 +66,19 @@ def global_order(groups: Iterable[Group], seed: int) -> list[Group]:
     return ordered
 
 
+def find_training_snapshot(home: Home, ledger: Ledger, binding: Binding, *, rows_per_file: int) -> SnapshotRow | None:
+    """Return the newest complete snapshot that this version of the code made of the same things, or None."""
+    wanted = {"binding": asdict(binding), "rows_per_file": rows_per_file, "made_by": code_version()}
+    with ledger.read() as session:
+        known = session.scalars(
+            sa.select(SnapshotRow)
+            .where(SnapshotRow.kind == "training", SnapshotRow.parent_id == binding.pair_snapshot_id)
+            .order_by(SnapshotRow.created_at.desc())
+        ).all()
+    fitting = (row for row in known if all(row.manifest.get(key) == value for key, value in wanted.items()))
+    return next((row for row in fitting if home.artifact("training", row.snapshot_id).exists()), None)
+
+
 def write_training_snapshot(
     home: Home,
     ledger: Ledger,
@@ -93,7 +108,13 @@ def write_training_snapshot(
                 "tokens": sum(g.num_tokens for g in members),
             }
         artifact.write_manifest(
-            {"snapshot_id": snapshot_id, "binding": asdict(binding), "splits": splits, "counts": counts}
+            {
+                "snapshot_id": snapshot_id,
+                "binding": asdict(binding),
+                "rows_per_file": rows_per_file,
+                "splits": splits,
+                "counts": counts,
+            }
         )
     with ledger.write() as session:
         row = session.get(SnapshotRow, snapshot_id)
@@ -107,6 +128,8 @@ def write_training_snapshot(
                 created_at=now(),
             )
             session.add(row)
+        # Only in the ledger: another version of the code that makes the same content does not change an artifact.
+        row.manifest = {**row.manifest, "made_by": code_version()}
     return row
 
 

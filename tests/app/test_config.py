@@ -107,6 +107,11 @@ def test_options_without_effect_are_refused():
         )
 
 
+def test_more_steps_at_least_than_at_most_are_refused():
+    with pytest.raises(RecipeError, match="`min_steps` = 9 is more than `max_steps` = 8"):
+        parse_recipe({"name": "x", "train": {"min_steps": 9, "max_steps": 8}}, place="here")
+
+
 def test_a_recipe_is_frozen_and_survives_json():
     recipe = Recipe(name="x", pairs=PairSection(since="2026-01-01T00:00:00Z"))
     with pytest.raises(ValidationError):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,26 @@ def test_most_prompts_end_with_a_liked_and_a_disliked_answer(gateway, tmp_path):
             by_prompt.setdefault(prompt, set()).add(event["value"])
     assert sum(len(values) == 2 for values in by_prompt.values()) >= 38
     assert report.answers <= 4 * len(PROMPTS)
+
+
+def test_prompts_that_came_to_nothing_are_asked_more_often_where_the_round_gave_too_little(tmp_path):
+    rarely = lambda prompt, k: (f"you {k}" if k == 5 and prompt != "prompt 0" else f"the {k}", "stop")  # noqa: E731
+    with FakeGateway(rarely) as few, FakeGateway(rarely) as asked_more:
+        assert hold(few, tmp_path / "a", enough=0).answers == 4 * len(PROMPTS)
+        report = hold(asked_more, tmp_path / "b", enough=1)
+        assert report.thumbs_up == len(PROMPTS) - 1
+        assert report.answers == 8 * len(PROMPTS)
+        events = len(asked_more.events)
+        assert hold(asked_more, tmp_path / "b", enough=1) == report
+        assert len(asked_more.events) == events
+
+
+def test_nobody_keeps_asking_for_an_answer_that_never_ends(tmp_path):
+    with FakeGateway(lambda prompt, _: ("on and on", "length" if prompt == "prompt 3" else "stop")) as gateway:
+        hold(gateway, tmp_path / "j", enough=1)
+    asked = Counter(body["messages"][0]["content"] for body in gateway.responses.values())
+    assert asked["prompt 3"] == 2
+    assert set(asked.values()) == {2, 8}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Prepare: the second round's reference is the champion that was served, to the number."""
 
+import io
 from datetime import UTC, datetime
 
 import pytest
 import ray
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.config import PairSection, parse_recipe
@@ -103,12 +105,22 @@ def test_the_reference_of_round_2_is_the_served_champion_and_not_the_sft_model(c
     assert max(abs(against_sft[ids] - logp) for ids, logp in served.items()) > 0.5
 
 
-def test_preparing_again_gives_the_same_snapshot(cluster, home, ledger, tiny_model):
+def test_a_prepared_snapshot_is_used_again_and_made_again_by_other_code(cluster, home, ledger, tiny_model, monkeypatch):
     _, champion = ship_another_model(home, ledger, tiny_model)
     pairs, _ = served_pairs(home, champion.model_id, count=4)
     pair_snapshot = write(home, ledger, pairs)
-    first = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
-    assert prepare(home, ledger, recipe_for(tiny_model), pair_snapshot).snapshot_id == first.snapshot_id
+
+    def prepared():
+        printed = io.StringIO()
+        row = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot, console=Console(file=printed, width=200))
+        return row.snapshot_id, "4 of 4" in printed.getvalue()
+
+    first, scored_first = prepared()
+    assert scored_first
+    assert prepared() == (first, False)
+    monkeypatch.setattr("app.training.snapshots.code_version", lambda: "another")
+    assert prepared() == (first, True)
+    assert prepared() == (first, False)
 
 
 def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, ledger, tiny_model):

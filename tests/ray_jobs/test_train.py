@@ -3,7 +3,7 @@
 import math
 import shutil
 import threading
-import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,29 @@ def command(process) -> str:
         return ""
 
 
+@contextmanager
+def a_worker_killed_after(ledger: Ledger, run_id: str, *, steps: int):
+    """Kill one worker of this process's cluster once the run has done so many steps; yields the killed pids."""
+    killed, ended = [], threading.Event()
+
+    def kill_one():
+        while not killed and not ended.wait(0.05):
+            if len(steps_of(ledger, run_id)) < steps:
+                continue
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in command(p)]
+            for process in workers[:1]:
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        killer.join()
+
+
 def weights_of(home: Home, model: ModelRow):
     return load_file(Path(home.artifact("models", model.model_id).path, "model.safetensors"))
 
@@ -161,21 +184,8 @@ def test_the_first_loss_is_ln_2_and_the_run_is_recorded(unbroken, stage):
 
 def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
-    killed = []
-
-    def kill_one_worker():
-        while not killed:
-            time.sleep(0.05)
-            if len(steps_of(ledger, "killed-once")) < 5:
-                continue
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in command(p)]
-            for process in workers[:1]:
-                process.kill()
-                killed.append(process.pid)
-
-    killer = threading.Thread(target=kill_one_worker, daemon=True)
-    killer.start()
-    result = train(home, ledger, recipe_for(sft), snapshot_id, run_id="killed-once")
+    with a_worker_killed_after(ledger, "killed-once", steps=5) as killed:
+        result = train(home, ledger, recipe_for(sft), snapshot_id, run_id="killed-once")
     assert len(killed) == 1
     ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
@@ -206,3 +216,37 @@ def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
     with pytest.raises(TrainingError, match="exists with another snapshot or recipe"):
         train(home, ledger, recipe_for(sft, beta=0.2), snapshot_id, run_id="unbroken")
+
+
+def test_a_refusal_of_a_worker_ends_the_run_at_its_first_attempt(cluster, stage):
+    home, ledger, model, snapshot_id, sft = stage
+    snapshot = home.artifact("training", snapshot_id)
+    groups = [
+        replace(group, reference_logps=tuple(logp - 5.0 for logp in group.reference_logps or ()))
+        for split in (Split.TRAIN, Split.HELD_OUT)
+        for group in read_groups(snapshot, split)
+    ]
+    digest = load_model(home, model.model_id, dtype="float32").template_digest
+    binding = Binding("pairs", digest, 64, "drop", 0, model.digest, "float32")
+    wrong = write_training_snapshot(home, ledger, groups, binding=binding, counts={}, rows_per_file=12)
+    with pytest.raises(TrainingError, match="was refused by a worker: policy and reference differ by"):
+        train(home, ledger, recipe_for(sft), wrong.snapshot_id, run_id="refused")
+    with ledger.read() as session:
+        run = session.get_one(RunRow, "refused")
+        assert run.status == "failed"
+        assert "prefloop prepare" in run.error
+
+
+def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft, epochs=1, min_steps=25)
+    recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"max_failures": 0})})
+    with (
+        a_worker_killed_after(ledger, "mortal", steps=2) as killed,
+        pytest.raises(TrainingError, match=r"run `mortal` failed: .*Error.*\n\nHint: the same run id continues"),
+    ):
+        train(home, ledger, recipe, snapshot_id, run_id="mortal")
+    assert len(killed) == 1
+    with ledger.read() as session:
+        per_epoch = session.get_one(RunRow, "unbroken").metrics["total_steps"] / 2
+        assert 25 <= session.get_one(RunRow, "mortal").metrics["total_steps"] < 25 + per_epoch

@@ -192,12 +192,18 @@ def test_reference_scores_of_another_model_are_refused_before_the_first_step(sta
         check_step_zero(build_policy(start(), section), groups, section=section)
 
 
-def test_packed_and_plain_rows_are_compared_before_the_first_step(start):
-    policy = build_policy(start(), SECTION)
-    assert check_packing(policy, make_groups(4), section=SECTION) < 1e-4
-    policy.model.set_attn_implementation("sdpa")
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, noise):
+    section = SECTION.model_copy(update={"dtype": dtype})
+    policy = build_policy(start(), section)
+    for name, weight in policy.model.named_parameters():
+        if "lora" not in name and weight.ndim > 1:
+            weight.data *= 12  # random weights barely attend to anything; a trained model does
+    policy.model.to(getattr(torch, dtype))
+    assert check_packing(policy, make_groups(4), section=section) < noise
+    policy.model.set_attn_implementation("sdpa")  # sees the other rows of the pack
     with pytest.raises(TrainingError, match="packed rows and plain rows of this model differ"):
-        check_packing(policy, make_groups(4), section=SECTION)
+        check_packing(policy, make_groups(4), section=section)
 
 
 def test_the_merged_model_scores_like_the_policy(start):
