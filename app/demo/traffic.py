@@ -18,7 +18,7 @@ from app.config import CollectSection
 from app.errors import ServiceError
 from app.evaluation.prompts import load_prompts
 
-_CLIENTS = 4
+_CLIENTS = 16
 _STREAMS = 2
 _SHORT_TOKENS = 12
 _WAIT_S = 300.0

@@ -153,11 +153,16 @@ def test_rows_with_and_without_a_nucleus_share_a_batch():
     assert kept.tolist() == [pytest.approx([0, 0.6, 0]), pytest.approx([0.1, 0.6, 0.3])]
 
 
-def test_tokens_are_drawn_as_often_as_the_model_says(loaded):
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.1])
+def test_tokens_are_drawn_as_often_as_the_model_says(loaded, top_p):
     expected = loaded.model(torch.tensor([[5, 9, 30]])).logits[0, -1].float().softmax(-1)
-    answers = generate(loaded, [request(temperature=1.0, seed=s, max_tokens=1) for s in range(4000)])
-    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=258)
-    z = (counts - 4000 * expected) / (4000 * expected * (1 - expected)).sqrt()
+    expected = nucleus(expected[None], torch.tensor([[top_p]]))[0]
+    expected /= expected.sum()
+    asked = [request(temperature=1.0, top_p=top_p, seed=s, max_tokens=1) for s in range(4000)]
+    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in generate(loaded, asked)]), minlength=258)
+    inside = expected > 0
+    assert not counts[~inside].any()
+    z = ((counts - 4000 * expected) / (4000 * expected * (1 - expected)).sqrt())[inside]
     assert z.abs().max() < 5
     assert 0.7 < z.std() < 1.3
 
