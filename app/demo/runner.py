@@ -27,6 +27,9 @@ from app.storage import HOME_VARIABLE, Home, write_atomically
 
 REPORT = "report.json"
 _HELD_OUT_PROMPTS = 130
+_HELD_OUT_SHARE = 0.45
+"""Of many prompts; answers that are cut are not judged, so more are needed than the gate asks for."""
+_MAX_HELD_OUT_PROMPTS = 200
 _MIN_TRAIN_PROMPTS = 60
 
 
@@ -160,7 +163,9 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
         ]
     if prompts is not None:
         found = load_prompts(str(prompts))
-        split = split_prompts(found.prompts, held_out=_HELD_OUT_PROMPTS, min_train=_MIN_TRAIN_PROMPTS, seed=0)
+        share = int(_HELD_OUT_SHARE * len(found.prompts))
+        held_out = max(_HELD_OUT_PROMPTS, min(share, _MAX_HELD_OUT_PROMPTS))
+        split = split_prompts(found.prompts, held_out=held_out, min_train=_MIN_TRAIN_PROMPTS, seed=0)
         folder = home.local("demo", "prompts", content_hash([p.text for p in found.prompts])[:12])
         for name, part in (("collect", split.train), ("evaluate", split.held_out)):
             path = folder / f"{name}.jsonl"
