@@ -193,8 +193,7 @@ def _golden(results: Sequence[GoldenResult], threshold: float) -> RuleResult:
     rate = 1 - len(failed) / len(results)
     passed = rate >= threshold
     reason = f"{len(results) - len(failed)} of {len(results)} golden prompts passed"
-    if failed:
-        reason += f"; `{failed[0].id}` {failed[0].reason}"
+    reason += "".join(f"; `{result.id}` {result.reason}" for result in failed)
     return RuleResult("golden", "golden pass rate", rate, None, None, len(results), ">=", threshold, passed, reason)
 
 
