@@ -3,8 +3,8 @@
     python -m ray_jobs.prepare RECIPE.yaml [--set a.b=c]
 
 Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
-Ray Data actors that hold it. What cannot train is counted by reason in the manifest. A training snapshot that was made
-of the same pairs, template, reference and compute type is used again.
+Ray Data actors that hold it. What cannot train is counted by reason in the manifest. What the same
+reference scored for the newest snapshot before is not scored again.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from app.training.policy import autocast
 from app.training.scoring import ScoringModel
 from app.training.snapshots import (
     Binding,
-    find_training_snapshot,
     from_row,
     global_order,
     groups_of_table,
+    known_scores,
     to_row,
     write_training_snapshot,
 )
@@ -61,7 +61,7 @@ def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> Model
 def prepare(
     home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, *, console: Console | None = None
 ) -> SnapshotRow:
-    """Write the training snapshot of a pair snapshot, or find it, and return its ledger row.
+    """Write the training snapshot of a pair snapshot and return its ledger row.
 
     Raises:
         DataError: no row can train, or a row is too long and the recipe refuses that.
@@ -69,20 +69,6 @@ def prepare(
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     loaded = load_model(home, start.model_id, dtype=recipe.train.dtype)
-    precomputed = recipe.train.reference == "precomputed"
-    binding = Binding(
-        pair_snapshot_id=pair_snapshot_id,
-        template_digest=loaded.template_digest,
-        max_length=recipe.prepare.max_length,
-        too_long=recipe.prepare.too_long,
-        seed=recipe.prepare.seed,
-        reference_digest=reference.digest if precomputed else None,
-        dtype=recipe.train.dtype if precomputed else None,
-    )
-    rows_per_file = recipe.prepare.rows_per_file
-    found = find_training_snapshot(home, ledger, binding, rows_per_file=rows_per_file)
-    if found is not None:
-        return found
     pairs = read_pairs(home, pair_snapshot_id)
     groups, audit = encode_groups(
         pairs,
@@ -102,13 +88,22 @@ def prepare(
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
         raise DataError(msg)
     ordered = global_order(groups, recipe.prepare.seed)
+    precomputed = recipe.train.reference == "precomputed"
     if precomputed:
-        ordered = score_reference(home, reference.model_id, ordered, recipe, console)
+        ordered = _with_reference(home, ledger, recipe, reference, ordered, console)
     return write_training_snapshot(
         home,
         ledger,
         ordered,
-        binding=binding,
+        binding=Binding(
+            pair_snapshot_id=pair_snapshot_id,
+            template_digest=loaded.template_digest,
+            max_length=recipe.prepare.max_length,
+            too_long=recipe.prepare.too_long,
+            seed=recipe.prepare.seed,
+            reference_digest=reference.digest if precomputed else None,
+            dtype=recipe.train.dtype if precomputed else None,
+        ),
         counts={
             "kept": audit.kept - unpaired,
             "dropped": dict(audit.dropped),
@@ -116,8 +111,28 @@ def prepare(
             "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
             "reference_model": reference.model_id if precomputed else None,
         },
-        rows_per_file=rows_per_file,
+        rows_per_file=recipe.prepare.rows_per_file,
     )
+
+
+def _with_reference(
+    home: Home, ledger: Ledger, recipe: Recipe, reference: ModelRow, groups: list[Group], console: Console | None
+) -> list[Group]:
+    """Return the groups with the log-probabilities of the reference; only what it has not scored yet is computed."""
+    known = (
+        known_scores(home, ledger, reference_digest=reference.digest, dtype=recipe.train.dtype)
+        if recipe.prepare.reuse_scores
+        else {}
+    )
+    unknown = [g for g in groups if any((g.prompt_ids, response) not in known for response in g.responses)]
+    computed = score_reference(home, reference.model_id, unknown, recipe, console) if unknown else []
+    if console is not None and len(unknown) < len(groups):
+        console.print(f"prepare: {len(groups) - len(unknown)} prompts were scored before", highlight=False)
+    by_id = {group.group_id: group for group in computed}
+    return [
+        by_id.get(g.group_id) or replace(g, reference_logps=tuple(known[g.prompt_ids, r] for r in g.responses))
+        for g in groups
+    ]
 
 
 def score_reference(

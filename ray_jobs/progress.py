@@ -24,7 +24,7 @@ class Meter:
             disable=not self._live,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._tenths: dict[str, int] = {}
+        self._tenths: dict[tuple[str, int], int] = {}
 
     def __enter__(self) -> Self:
         """Begin to show."""
@@ -45,6 +45,6 @@ class Meter:
             self._bars.update(self._tasks[name], completed=done, total=total, note=note)
             return
         tenth = 10 * done // max(1, total)
-        if tenth > self._tenths.get(name, 0):
-            self._tenths[name] = tenth
+        if tenth > self._tenths.get((name, total), 0):
+            self._tenths[name, total] = tenth
             self._console.print(f"{name}: {done} of {total}{', ' if note else ''}{note}", highlight=False, markup=False)

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe, TrainSection
-from app.errors import DataError, PrefloopError, TrainingError
+from app.errors import DataError, ModelError, TrainingError
 from app.evaluation.learning import Learning, judge_learning
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
@@ -40,10 +40,12 @@ from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
-from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, train_worker
+from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, epoch_dataset, train_worker
 
 _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
+
+_REFUSALS = (TrainingError, ModelError)
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,14 @@ class StepRecorder(UserCallback):
             session.merge(row)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """End the run where a worker refused its input: another attempt would only refuse it again.
+        """End the run where a worker refused its model or reference: another attempt would only refuse it again.
 
         Ray Train raises what a callback raises to the driver, as the `controller_failure` of a `ControllerError`, and
-        retries none of it. It wraps what a worker raised; the wrapper has no public way to it.
+        retries none of it. A DataError may be a storage that was away for a moment, so it is tried again.
         """
         for error in worker_exceptions.values():
-            cause = getattr(error, "_base_exc", error)
-            if isinstance(cause, PrefloopError):
-                raise cause
+            if isinstance(error, _REFUSALS):
+                raise error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
@@ -105,7 +106,8 @@ def train(
     Raises:
         DataError: the snapshot does not fit the recipe or has too few pairs.
         TrainingError: the run failed on the workers more often than `workers.max_failures`.
-        PrefloopError: a worker refused the model or the snapshot; that is not tried again.
+            Or a worker refused the model or its reference, which is not tried again.
+        ModelError: the model cannot be trained.
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
@@ -129,11 +131,11 @@ def train(
             _fit(home, recipe, snapshot, task)
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
-        if isinstance(refusal, PrefloopError):
+        if isinstance(refusal, _REFUSALS):
             _record_end(ledger, run_id, status="failed", error=str(refusal))
             msg = f"run `{run_id}` was refused by a worker: {refusal}"
             raise type(refusal)(msg) from error
-        cause = _first_line(error)
+        cause = _cause(error)
         _record_end(ledger, run_id, status="failed", error=cause)
         msg = f"run `{run_id}` failed: {cause}\n\nHint: the same run id continues from its last checkpoint."
         raise TrainingError(msg) from error
@@ -213,14 +215,18 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    # The newer reader packs row groups into bins as they fit, which loses the order of files, and starts 32 actors for
+    # the footers of one file.
+    context.use_datasource_v2 = False
     filesystem = snapshot.filesystem
-    epochs = []
+    epochs: dict[str, Any] = {}
     for epoch in range(task.section.epochs):
         ordered = epoch_files(task.files, seed=task.section.seed, epoch=epoch)
         paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
-        # A path that is listed twice in one read vanishes, so each epoch is a data set of its own.
-        epochs.append(ray.data.read_parquet(paths, override_num_blocks=len(paths), num_cpus=_READ_CPUS))
-    stream = epochs[0].union(*epochs[1:]) if len(epochs) > 1 else epochs[0]
+        # A path that is listed twice in one read vanishes, and a union of ordered data sets takes blocks in turn.
+        read = ray.data.read_parquet(paths, override_num_blocks=len(paths), num_cpus=_READ_CPUS)
+        epochs[epoch_dataset(epoch)] = read
     attempt = uuid.uuid4().hex[:8]
     trainer = TorchTrainer(
         train_worker,
@@ -231,7 +237,7 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
         ),
-        datasets={"train": stream},
+        datasets=epochs,
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
         run_config=RunConfig(
             # Ray's own snapshot of a run is not written atomically, so no attempt ever reads another's.
@@ -339,12 +345,13 @@ def _recipe_digest_of(tree: dict[str, Any]) -> str:
     return content_hash({key: tree[key] for key in ("model", "prepare", "train")})
 
 
-def _first_line(error: TrainingFailedError) -> str:
+def _cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [str(cause) for cause in failures.values()] or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
-    return named[-1] if named else (lines or ["unknown"])[0]
+    # A Python error stands at the end of its traceback; of a worker that died Ray says how in the second line.
+    return named[-1] if named else " ".join(lines[:2]) or "unknown"
 
 
 def print_learning(console: Console, learning: Learning | None) -> None:

@@ -1,18 +1,19 @@
 """What runs on each train worker: one stream of rows, the loop of `app.training`, checkpoints, the export.
 
-One Ray Data execution feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank takes its share,
+One Ray Data execution for each epoch feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank takes its share,
 so storage is read once and world size changes nothing about which rows make a step. The function lives in a module of
 its own because a train function of `__main__` does not pickle.
 """
 
 import functools
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray.train
@@ -157,8 +158,7 @@ def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[S
 
 def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
     section = task.section
-    iterator = ray.train.get_dataset_shard("train")
-    batches = iterator.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
+    batches = itertools.chain.from_iterable(map(_read_epoch, range(section.epochs)))
     orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(section.epochs)]
     indices = (file.first + i for order in orders for file in order for i in range(len(file.pair_counts)))
     groups = _in_order(batches, indices)
@@ -168,6 +168,18 @@ def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
             yield from epoch_stream(groups, order, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
 
     return step_groups(epochs(), section.batch_pairs)
+
+
+def epoch_dataset(epoch: int) -> str:
+    """Return the name under which the driver hands over the rows of an epoch."""
+    return f"epoch-{epoch}"
+
+
+def _read_epoch(epoch: int) -> Iterable[pa.Table]:
+    rows = ray.train.get_dataset_shard(epoch_dataset(epoch))
+    return cast(
+        "Iterable[pa.Table]", rows.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
+    )
 
 
 def _in_order(batches: Iterable[pa.Table], indices: Iterator[int]) -> Iterator[Group]:

@@ -56,7 +56,7 @@ class Habits:
     enough: int = 100
     """Prompts that should end with a preference: one answer liked and one not, a decided comparison or an edit."""
     gives_up_after: int = 2
-    """Answers to a prompt that cannot be judged (cut, empty) before nobody asks it again."""
+    """First answers to a prompt that cannot be judged (cut, empty) before nobody asks it again."""
     compare_share: float = 0.5
     """Share of regenerated answers that are compared with the one before."""
     edit_share: float = 0.5

@@ -4,6 +4,7 @@ It uses what a user has: the service and the loop as child processes, the ledger
 makes another round on top; interrupted it continues at the stage it was in.
 """
 
+import functools
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ import sqlalchemy as sa
 from rich.console import Console
 
 from app.config import Recipe, load_recipe
-from app.errors import HOLD_EXIT_CODE, Interrupted, RecipeError
-from app.evaluation.prompts import Prompt, load_prompts, split_prompts
+from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
+from app.evaluation.prompts import Prompt, PromptSplit, load_prompts, split_prompts
 from app.ledger import EvaluationRow, FeedbackRow, Ledger, RunRow
 from app.schemas import content_hash
 from app.services import Services
@@ -165,13 +166,22 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
         found = load_prompts(str(prompts))
         share = int(_HELD_OUT_SHARE * len(found.prompts))
         held_out = max(_HELD_OUT_PROMPTS, min(share, _MAX_HELD_OUT_PROMPTS))
-        split = split_prompts(found.prompts, held_out=held_out, min_train=_MIN_TRAIN_PROMPTS, seed=0)
+        split = _split(found.prompts, held_out)
         folder = home.local("demo", "prompts", content_hash([p.text for p in found.prompts])[:12])
         for name, part in (("collect", split.train), ("evaluate", split.held_out)):
             path = folder / f"{name}.jsonl"
             write_atomically(home.filesystem, str(path), _jsonl(part))
             settings.append(f"{name}.prompts={json.dumps(str(path))}")
     return settings
+
+
+def _split(prompts: Sequence[Prompt], held_out: int) -> PromptSplit:
+    """Hold out so many prompts, or as few as will do where near-duplicates stand in the way."""
+    split = functools.partial(split_prompts, prompts, min_train=_MIN_TRAIN_PROMPTS, seed=0)
+    try:
+        return split(held_out=held_out)
+    except DataError:
+        return split(held_out=_HELD_OUT_PROMPTS)
 
 
 def _jsonl(prompts: Sequence[Prompt]) -> bytes:

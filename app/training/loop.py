@@ -232,7 +232,7 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
         logps: Tensor = policy(batch).logps
     apart = _noise(logps, _reference(policy, batch, section), batch)
     if not apart <= tolerance:
-        msg = f"policy and reference differ by {apart:.4f} nats for the root of a token before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: run `prefloop prepare` again for this start model, or name another model.reference_model."
+        msg = f"policy and reference differ by {apart:.4f} nats for the root of a token before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: name another model.reference_model, or score it again with `--set prepare.reuse_scores=false`."
         raise TrainingError(msg)
     return apart
 

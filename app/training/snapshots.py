@@ -17,7 +17,6 @@ import sqlalchemy as sa
 
 from app.errors import DataError
 from app.ledger import Ledger, SnapshotRow, now
-from app.models import code_version
 from app.schemas import TRAINING_SCHEMA, Split, content_hash
 from app.storage import Artifact, Home, read_parquet
 from app.training.batch import cut_steps
@@ -66,17 +65,30 @@ def global_order(groups: Iterable[Group], seed: int) -> list[Group]:
     return ordered
 
 
-def find_training_snapshot(home: Home, ledger: Ledger, binding: Binding, *, rows_per_file: int) -> SnapshotRow | None:
-    """Return the newest complete snapshot that this version of the code made of the same things, or None."""
-    wanted = {"binding": asdict(binding), "rows_per_file": rows_per_file, "made_by": code_version()}
+def known_scores(
+    home: Home, ledger: Ledger, *, reference_digest: str, dtype: str
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """Return what this reference gave to prompts and responses (token ids) in the newest snapshot that it scored.
+
+    Raises:
+        DataError: that snapshot is damaged.
+    """
     with ledger.read() as session:
-        known = session.scalars(
-            sa.select(SnapshotRow)
-            .where(SnapshotRow.kind == "training", SnapshotRow.parent_id == binding.pair_snapshot_id)
-            .order_by(SnapshotRow.created_at.desc())
+        rows = session.scalars(
+            sa.select(SnapshotRow).where(SnapshotRow.kind == "training").order_by(SnapshotRow.created_at.desc())
         ).all()
-    fitting = (row for row in known if all(row.manifest.get(key) == value for key, value in wanted.items()))
-    return next((row for row in fitting if home.artifact("training", row.snapshot_id).exists()), None)
+    for row in rows:
+        artifact = home.artifact("training", row.snapshot_id)
+        binding = row.manifest["binding"]
+        if (binding["reference_digest"], binding["dtype"]) == (reference_digest, dtype) and artifact.exists():
+            artifact.verify()
+            groups = (group for split in Split for group in read_groups(artifact, split))
+            return {
+                (group.prompt_ids, response): logp
+                for group in groups
+                for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
+            }
+    return {}
 
 
 def write_training_snapshot(
@@ -91,7 +103,8 @@ def write_training_snapshot(
     """Write groups (already in global order) as a snapshot and register it; the same content gives the same id."""
     identity = [
         asdict(binding),
-        [[g.group_id, g.split, g.reference_logps, [p.pair_id for p in g.pairs]] for g in groups],
+        rows_per_file,
+        [asdict(group) for group in groups],
     ]
     snapshot_id = content_hash(identity)[:16]
     artifact = home.artifact("training", snapshot_id)
@@ -111,7 +124,6 @@ def write_training_snapshot(
             {
                 "snapshot_id": snapshot_id,
                 "binding": asdict(binding),
-                "rows_per_file": rows_per_file,
                 "splits": splits,
                 "counts": counts,
             }
@@ -128,8 +140,6 @@ def write_training_snapshot(
                 created_at=now(),
             )
             session.add(row)
-        # Only in the ledger: another version of the code that makes the same content does not change an artifact.
-        row.manifest = {**row.manifest, "made_by": code_version()}
     return row
 
 

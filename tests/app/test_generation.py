@@ -73,12 +73,15 @@ def test_rows_that_ended_leave_the_batch(loaded, monkeypatch):
     assert rows_computed == [sum(n > step for n in lengths) for step in range(max(lengths))]
 
 
-def test_a_seeded_row_does_not_depend_on_its_company(loaded):
-    alone = generate(loaded, [request(temperature=1.0, seed=3, max_tokens=20)])[0]
-    company = [
-        request(p, temperature=0.7, top_p=0.9, seed=50 + i, max_tokens=5 + 9 * i) for i, p in enumerate(PROMPTS[1:])
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 1.0])
+def test_a_seeded_row_does_not_depend_on_its_company(loaded, place, top_p):
+    ours = request(temperature=1.0, top_p=top_p, seed=3, max_tokens=20)
+    alone = generate(loaded, [ours])[0]
+    rows = [
+        request(p, temperature=0.7, top_p=0.5, seed=50 + i, max_tokens=5 + 9 * i) for i, p in enumerate(PROMPTS[1:])
     ]
-    together = generate(loaded, [*company, request(temperature=1.0, seed=3, max_tokens=20)])[-1]
+    together = generate(loaded, [*rows[:place], ours, *rows[place:]])[place]
     assert together.token_ids == alone.token_ids
     assert together.logp == pytest.approx(alone.logp, abs=1e-4)
 

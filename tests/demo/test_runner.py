@@ -1,5 +1,7 @@
 """The demo's report says what the ledger says."""
 
+import json
+import random
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,3 +106,21 @@ def test_the_demo_stops_the_service_of_its_loop_and_never_a_users(home, monkeypa
     Services("http://127.0.0.1:9", "http://127.0.0.1:9", "127.0.0.1:9", started_by=started_by).write(home)
     run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=None, overrides=[])
     assert any("--stop" in command for command in commands) == stopped
+
+
+@pytest.mark.parametrize(("different", "alike", "held_out"), [(330, 0, 148), (140, 190, 130)])
+def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
+    home, monkeypatch, tmp_path, different, alike, held_out
+):
+    monkeypatch.setattr("app.demo.runner._child", lambda *_: 1)
+    # The hash of this group comes late, when the others have been held out.
+    long = "kindly explain to me in detail how a bicycle stays upright while somebody is riding it along the road "
+    texts = [f"{i} {random.Random(i).getrandbits(64)}" for i in range(different)] + [f"{long}{i}" for i in range(alike)]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=file, overrides=[]) == 1
+    (held,) = home.local("demo", "prompts").glob("*/evaluate.jsonl")
+    (train,) = home.local("demo", "prompts").glob("*/collect.jsonl")
+    lines = [len(path.read_text().splitlines()) for path in (held, train)]
+    assert sum(lines) == 330
+    assert lines[0] == held_out

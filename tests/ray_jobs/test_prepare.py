@@ -105,22 +105,27 @@ def test_the_reference_of_round_2_is_the_served_champion_and_not_the_sft_model(c
     assert max(abs(against_sft[ids] - logp) for ids, logp in served.items()) > 0.5
 
 
-def test_a_prepared_snapshot_is_used_again_and_made_again_by_other_code(cluster, home, ledger, tiny_model, monkeypatch):
+def test_what_the_reference_scored_before_is_not_scored_again(cluster, home, ledger, tiny_model):
     _, champion = ship_another_model(home, ledger, tiny_model)
-    pairs, _ = served_pairs(home, champion.model_id, count=4)
-    pair_snapshot = write(home, ledger, pairs)
+    pairs, served = served_pairs(home, champion.model_id, count=6)
 
-    def prepared():
+    def prepared(count, **settings):
         printed = io.StringIO()
-        row = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot, console=Console(file=printed, width=200))
-        return row.snapshot_id, "4 of 4" in printed.getvalue()
+        recipe = recipe_for(tiny_model)
+        recipe = recipe.model_copy(update={"prepare": recipe.prepare.model_copy(update=settings)})
+        snapshot = write(home, ledger, pairs[:count])
+        row = prepare(home, ledger, recipe, snapshot, console=Console(file=printed, width=200))
+        return row.snapshot_id, printed.getvalue()
 
-    first, scored_first = prepared()
-    assert scored_first
-    assert prepared() == (first, False)
-    monkeypatch.setattr("app.training.snapshots.code_version", lambda: "another")
-    assert prepared() == (first, True)
-    assert prepared() == (first, False)
+    first, shown = prepared(4)
+    assert "4 of 4" in shown
+    assert prepared(4) == (first, "prepare: 4 prompts were scored before\n")
+    assert "4 of 4" in prepared(4, reuse_scores=False)[1]
+    more, shown = prepared(6)
+    assert "2 of 2" in shown
+    found = scored(home, more)
+    for ids, logp in served.items():
+        assert found[ids] == pytest.approx(logp, abs=1e-3)
 
 
 def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, ledger, tiny_model):

@@ -15,6 +15,15 @@ def test_a_log_gets_one_line_for_every_tenth_part():
     assert lines == [f"train: steps: {n} of 100, loss {n}" for n in range(10, 101, 10)]
 
 
+def test_work_that_turns_out_to_be_more_goes_on_in_the_log():
+    console = Console(file=io.StringIO(), width=120)
+    with Meter(console) as meter:
+        for done, total in ((10, 10), (11, 15), (15, 15)):
+            meter.show("collect", done, total)
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["collect: 10 of 10", "collect: 11 of 15", "collect: 15 of 15"]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
