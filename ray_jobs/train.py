@@ -347,11 +347,12 @@ def _recipe_digest_of(tree: dict[str, Any]) -> str:
 
 def _cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {}
-    causes = [str(cause) for cause in failures.values()] or [str(error)]
+    # Workers that lost a peer fail as well; the peer that died is the cause.
+    causes = sorted(map(str, failures.values()), key=lambda text: "died" not in text) or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line]
-    # A Python error stands at the end of its traceback; of a worker that died Ray says how in the second line.
-    return named[-1] if named else " ".join(lines[:2]) or "unknown"
+    died = [line for line in lines if "died" in line]
+    named = died[:1] or [line for line in lines if "Error" in line][-1:] or lines[:1]
+    return named[0] if named else "unknown"
 
 
 def print_learning(console: Console, learning: Learning | None) -> None:

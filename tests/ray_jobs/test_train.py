@@ -243,7 +243,7 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"max_failures": 0})})
     with (
         a_worker_killed_after(ledger, "mortal", steps=2) as killed,
-        pytest.raises(TrainingError, match=r"run `mortal` failed: .*died.*\n\nHint: the same run id continues"),
+        pytest.raises(TrainingError, match=r"run `mortal` failed: .*(died|Error).*\n\nHint: the same run id continues"),
     ):
         train(home, ledger, recipe, snapshot_id, run_id="mortal")
     assert len(killed) == 1
