@@ -3,8 +3,8 @@
     python -m ray_jobs.prepare RECIPE.yaml [--set a.b=c]
 
 Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
-Ray Data actors that hold it. What cannot train is counted by reason in the manifest. What the same
-reference scored for the newest snapshot before is not scored again.
+Ray Data actors that hold it. What cannot train is counted by reason in the manifest. What the same reference
+scored for the newest snapshot before is not scored again.
 """
 
 import argparse

@@ -46,6 +46,7 @@ _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
 
 _REFUSALS = (TrainingError, ModelError)
+"""What a worker raises on purpose, and would raise again."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def train(
 
     Raises:
         DataError: the snapshot does not fit the recipe or has too few pairs.
-        TrainingError: the run failed on the workers more often than `workers.max_failures`.
-            Or a worker refused the model or its reference, which is not tried again.
-        ModelError: the model cannot be trained.
+        TrainingError: workers failed more often than `workers.max_failures`, or one refused to go on (another
+            reference, packing that is not exact, a loss that is not finite), which is not tried again.
+        ModelError: a worker cannot load, pack or adapt the model; not tried again either.
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)

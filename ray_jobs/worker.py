@@ -1,8 +1,8 @@
 """What runs on each train worker: one stream of rows, the loop of `app.training`, checkpoints, the export.
 
-One Ray Data execution for each epoch feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank takes its share,
-so storage is read once and world size changes nothing about which rows make a step. The function lives in a module of
-its own because a train function of `__main__` does not pickle.
+One Ray Data execution for each epoch feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank
+takes its share, so storage is read once an epoch and world size changes nothing about which rows make a step. The
+function lives in a module of its own because a train function of `__main__` does not pickle.
 """
 
 import functools

@@ -121,12 +121,7 @@ def write_training_snapshot(
                 "tokens": sum(g.num_tokens for g in members),
             }
         artifact.write_manifest(
-            {
-                "snapshot_id": snapshot_id,
-                "binding": asdict(binding),
-                "splits": splits,
-                "counts": counts,
-            }
+            {"snapshot_id": snapshot_id, "binding": asdict(binding), "splits": splits, "counts": counts}
         )
     with ledger.write() as session:
         row = session.get(SnapshotRow, snapshot_id)
