@@ -87,6 +87,7 @@ class TrainSection(Section):
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO).")
     sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answers' likelihood in the loss (RPO).")
+    length_weight: float = Field(0.0, ge=0, description="Margin given to a chosen answer for each token more (R-DPO).")
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained.")
     lora: LoraSection = LoraSection()
     reference: Literal["adapter_off", "precomputed"] = Field(

@@ -98,7 +98,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     policy = build_policy(start, section).to(device)
     optimizer = make_optimizer(policy, section)
     objective = functools.partial(
-        dpo, beta=section.beta, label_smoothing=section.label_smoothing, sft_weight=section.sft_weight
+        dpo,
+        beta=section.beta,
+        label_smoothing=section.label_smoothing,
+        sft_weight=section.sft_weight,
+        length_weight=section.length_weight,
     )
     snapshot = home.artifact("training", task.identity.snapshot_id)
 

@@ -59,7 +59,7 @@ class Habits:
     """First answers to a prompt that cannot be judged (cut, empty) before nobody asks it again."""
     compare_share: float = 0.5
     """Share of regenerated answers that are compared with the one before."""
-    edit_share: float = 0.5
+    edit_share: float = 0.75
     """Share of prompts on which the audience edits the first answer that one of its edits makes better."""
     temperature: float = 1.0
     top_p: float = 0.9

@@ -32,6 +32,8 @@ _HELD_OUT_SHARE = 0.45
 """Of many prompts; answers that are cut are not judged, so more are needed than the gate asks for."""
 _MAX_HELD_OUT_PROMPTS = 200
 _MIN_TRAIN_PROMPTS = 60
+_OUTSIDE_LIMIT = 256
+"""Tokens of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
 
 
 def run_demo(
@@ -52,7 +54,7 @@ def run_demo(
     if audience not in ("style", "random"):
         msg = f"no audience `{audience}`\n\nHint: --audience is `style` or `random`."
         raise RecipeError(msg)
-    settings = [*overrides, f"collect.audience={audience}", *_outside(home, style, prompts)]
+    settings = [*_outside(home, style, prompts), *overrides, f"collect.audience={audience}"]
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     began = time.time()
@@ -172,6 +174,8 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
             path = folder / f"{name}.jsonl"
             write_atomically(home.filesystem, str(path), _jsonl(part))
             settings.append(f"{name}.prompts={json.dumps(str(path))}")
+        limits = ("collect.max_tokens", "evaluate.max_new_tokens", "serving.max_tokens")
+        settings += [f"{limit}={_OUTSIDE_LIMIT}" for limit in limits]
     return settings
 
 

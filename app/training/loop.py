@@ -24,7 +24,7 @@ from app.training.policy import adapter_off_logps, autocast, trainable
 from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float], PairLosses]
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], PairLosses]
 """(policy logps [N], reference logps [N], chosen [P], rejected [P], mean chosen tokens of the step) -> PairLosses."""
 
 
@@ -157,7 +157,9 @@ def optimise(
             reference = _reference(policy, batch, section)
             with autocast(device, section.dtype):
                 scores = policy(batch)
-            result = objective(scores.logps, reference, batch.chosen, batch.rejected, mean_chosen_tokens)
+            result = objective(
+                scores.logps, reference, batch.chosen, batch.rejected, batch.token_counts, mean_chosen_tokens
+            )
             loss = (result.losses * batch.weights).sum() / weight
             loss.backward()
             sums.add(batch, result, scores.logps.detach(), float(loss.detach()))
@@ -203,7 +205,9 @@ def measure(
             reference = _reference(policy, batch, section)
             with autocast(device, section.dtype):
                 scores = policy(batch)
-            result = objective(scores.logps, reference, batch.chosen, batch.rejected, mean_chosen_tokens)
+            result = objective(
+                scores.logps, reference, batch.chosen, batch.rejected, batch.token_counts, mean_chosen_tokens
+            )
             margins = (result.chosen_rewards - result.rejected_rewards).tolist()
             chosen, rejected = batch.token_counts[batch.chosen], batch.token_counts[batch.rejected]
             rows += map(

@@ -81,7 +81,11 @@ def known_scores(
         artifact = home.artifact("training", row.snapshot_id)
         binding = row.manifest["binding"]
         if (binding["reference_digest"], binding["dtype"]) == (reference_digest, dtype) and artifact.exists():
-            artifact.verify()
+            try:
+                artifact.verify()
+            except DataError as error:
+                msg = f"training snapshot `{row.snapshot_id}`, whose reference scores would be used again, is damaged: {error}\n\nHint: score everything anew with `--set prepare.reuse_scores=false`."
+                raise DataError(msg) from None
             groups = (group for split in Split for group in read_groups(artifact, split))
             return {
                 (group.prompt_ids, response): logp
