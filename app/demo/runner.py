@@ -28,7 +28,7 @@ from app.storage import HOME_VARIABLE, Home, write_atomically
 
 REPORT = "report.json"
 _HELD_OUT_PROMPTS = 130
-_HELD_OUT_SHARE = 0.45
+_HELD_OUT_SHARE = 0.5
 """Of many prompts; answers that are cut are not judged, so more are needed than the gate asks for."""
 _MAX_HELD_OUT_PROMPTS = 200
 _MIN_TRAIN_PROMPTS = 60
