@@ -28,6 +28,7 @@ _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "
 _CHATTY = (
     "ray.train",
     # Ray Data configures its own `ray.data` logger when it first runs; what lies below it keeps its level.
+    "ray.data._internal.datasource.parquet_datasource",
     "ray.data._internal.progress",
     "ray.data._internal.execution.streaming_executor",
 )

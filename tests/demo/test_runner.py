@@ -1,5 +1,6 @@
 """The demo's report says what the ledger says."""
 
+import itertools
 import json
 import random
 from datetime import timedelta
@@ -108,7 +109,7 @@ def test_the_demo_stops_the_service_of_its_loop_and_never_a_users(home, monkeypa
     assert any("--stop" in command for command in commands) == stopped
 
 
-@pytest.mark.parametrize(("different", "alike", "held_out"), [(330, 0, 148), (140, 190, 130)])
+@pytest.mark.parametrize(("different", "alike", "held_out"), [(330, 0, 165), (140, 190, 130)])
 def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
     home, monkeypatch, tmp_path, different, alike, held_out
 ):
@@ -124,3 +125,17 @@ def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
     lines = [len(path.read_text().splitlines()) for path in (held, train)]
     assert sum(lines) == 330
     assert lines[0] == held_out
+
+
+def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(home, monkeypatch, tmp_path):
+    started: list[list[str]] = []
+    monkeypatch.setattr("app.demo.runner._child", lambda command, _: started.append(list(command)) or 1)
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"{i} {random.Random(i).getrandbits(64)}"}) + "\n" for i in range(200))
+    )
+    overrides = ["serving.max_tokens=300"]
+    assert run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=file, overrides=overrides) == 1
+    settings = [after for before, after in itertools.pairwise(started[0]) if before == "--set"]
+    told = load_recipe(Path(RECIPE), settings)
+    assert (told.collect.max_tokens, told.evaluate.max_new_tokens, told.serving.max_tokens) == (256, 256, 300)

@@ -126,6 +126,9 @@ def test_what_the_reference_scored_before_is_not_scored_again(cluster, home, led
     found = scored(home, more)
     for ids, logp in served.items():
         assert found[ids] == pytest.approx(logp, abs=1e-3)
+    next(home.local("training", more).glob("train-*")).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"`{more}`.*damaged.*(?s:.)*reuse_scores=false"):
+        prepared(5)
 
 
 def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, ledger, tiny_model):
