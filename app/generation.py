@@ -1,4 +1,4 @@
-"""Answers of one batch of requests, decoded together; a row that has ended leaves the batch.
+"""Answers of a batch of requests, decoded together; a row that has ended leaves the batch, and others may join it.
 
 transformers' own `generate` computes ended rows until the last one ends, which is half of the work when lengths differ
 (and its continuous batching is slower still on a CPU), so the loop over tokens is here. Each row has its own
@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from app.errors import ModelError
 from app.schemas import FinishReason
 
 _COMPACTION = 0.85
 """Ended rows are dropped once at most this share of the batch goes on."""
+_JOINING_SHARE = 8
+"""Nothing joins before one in so many places is free: joining copies the cache too."""
 _TRIES = 4
 """Draws from the whole vocabulary before the nucleus of a row is looked for by sorting."""
 
@@ -81,15 +84,22 @@ def generate(
     on_tokens: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
     should_stop: Callable[[int], bool] | None = None,
+    more: Callable[[int], Sequence[GenerationRequest]] | None = None,
+    places: int | None = None,
 ) -> list[Completion]:
-    """Answer all requests together and return the completions in their order.
+    """Answer all requests and return the completions in their order.
 
     Args:
         loaded: model, tokenizer and end tokens.
-        requests: the rows of the batch; the longest one decides how long it takes.
+        requests: the rows.
         on_tokens: called with row and token id as soon as a token is sampled, in the calling thread.
         on_completion: called with row and completion as soon as a row ends, in the calling thread.
         should_stop: asked about each unfinished row after each of its tokens; True ends the row.
+        more: asked for at most so many requests as there is room for, whenever there is; what it returns joins, and its
+            rows are numbered on.
+        places: rows that are decoded together; the others join as places become free. Default: as many as requests.
+            A batch of a model with layers that keep less than all tokens (windows, convolutions) cannot be joined, so
+            the next rows begin when it has ended.
 
     Raises:
         ModelError: a prompt is empty, or prompt and answer do not fit the model's context.
@@ -97,49 +107,30 @@ def generate(
     if not requests:
         return []
     window = context_window(loaded.model)
-    for request in requests:
-        _check(request, window)
-    device = loaded.model.device
-    rows = [_Row(request, loaded.end_ids, device) for request in requests]
+    rows = [_row(loaded, request, window) for request in requests]
     completions: dict[int, Completion] = {}
     with _contiguous_head(loaded.model):
-        for i in _decode(loaded, rows, on_tokens, should_stop):
+        for i in _decode(loaded, rows, on_tokens, should_stop, more, places or len(requests)):
             completions[i] = rows[i].completion(loaded)
             if on_completion is not None:
                 on_completion(i, completions[i])
     return [completions[i] for i in range(len(rows))]
 
 
-@torch.no_grad()
 def _decode(
     loaded: Generator,
     rows: list["_Row"],
     on_tokens: Callable[[int, int], None] | None,
     should_stop: Callable[[int], bool] | None,
+    more: Callable[[int], Sequence[GenerationRequest]] | None,
+    places: int,
 ) -> Iterator[int]:
-    """Give every row its tokens and yield each row as it ends; ended rows leave the batch and cost no more."""
-    model: Any = loaded.model
-    window = context_window(loaded.model)
-    fed, attended = _left_padded([row.request.prompt_ids for row in rows], filler=loaded.end_ids[0])
-    fed, attended = fed.to(model.device), attended.to(model.device)
-    cache = None
-    places = list(range(len(rows)))
-    while any(rows[i].finish_reason is None for i in places):
-        # A row that has ended may wait in the batch beyond the model's last position.
-        last = None if window is None else window - 1
-        positions = (attended.cumsum(dim=-1) - 1).clamp(min=0, max=last)[:, -fed.shape[1] :]
-        output = model(
-            input_ids=fed,
-            attention_mask=attended,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        chosen, logps = _sample(output.logits[:, -1].float(), [rows[i] for i in places])
-        for i, token_id, logp in zip(places, chosen.tolist(), logps.tolist(), strict=True):
-            row = rows[i]
+    """Give every row its tokens and yield each row as it ends; `rows` grows by what `more` returns."""
+    window, device = context_window(loaded.model), loaded.model.device
+
+    def advance(batch: "_Batch") -> Iterator[int]:
+        for place, (token_id, logp) in enumerate(batch.step(loaded.model, window)):
+            i, row = batch.indices[place], batch.rows[place]
             if row.finish_reason is not None:
                 continue
             ended = row.take(token_id, logp)
@@ -149,14 +140,115 @@ def _decode(
                 row.finish_reason, ended = FinishReason.UNKNOWN.value, True
             if ended:
                 yield i
-        open_ = [place for place, i in enumerate(places) if rows[i].finish_reason is None]
-        if 0 < len(open_) <= _COMPACTION * len(places):
-            # Copying the cache costs about a token's worth of time, so it waits until it is worth it.
-            kept = torch.tensor(open_, device=model.device)
-            cache.reorder_cache(kept)
-            attended, chosen, places = attended[kept], chosen[kept], [places[place] for place in open_]
-        fed = chosen[:, None]
-        attended = torch.cat([attended, attended.new_ones(len(places), 1)], dim=1)
+        batch.compact()
+
+    def begin(indices: range) -> "_Batch":
+        joining = [rows[i] for i in indices]
+        ids, mask = _left_padded([row.request.prompt_ids for row in joining], filler=loaded.end_ids[0])
+        return _Batch(list(indices), joining, ids.to(device), mask.to(device))
+
+    batch: _Batch | None = None
+    begun = 0
+    while True:
+        open_ = batch.open if batch is not None else 0
+        free = places - open_
+        if not open_ or (batch is not None and batch.can_be_joined and free * _JOINING_SHARE >= places):
+            if more is not None and (wanted := free - (len(rows) - begun)) > 0:
+                rows += [_row(loaded, request, window) for request in more(wanted)]
+            if indices := range(begun, min(begun + free, len(rows))):
+                begun = indices.stop
+                newcomers = begin(indices)
+                yield from advance(newcomers)
+                batch = batch.joined_by(newcomers) if batch is not None and open_ else newcomers
+                continue
+        if batch is None or not open_:
+            return
+        yield from advance(batch)
+
+
+@dataclass
+class _Batch:
+    """Rows that are decoded together, padded on the left."""
+
+    indices: list[int]
+    rows: list["_Row"]
+    fed: torch.Tensor
+    """[rows, tokens] that the model has not seen yet: the prompts, then the last token of each row."""
+    attended: torch.Tensor
+    """[rows, all tokens]: 1 where a token is the row's own."""
+    cache: Any = None
+
+    @property
+    def open(self) -> int:
+        """Rows that go on."""
+        return sum(row.finish_reason is None for row in self.rows)
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether the cache holds keys and values of all tokens and nothing else (no window, no convolution)."""
+        return type(self.cache) is DynamicCache and all(
+            type(layer) is DynamicLayer and layer.is_initialized for layer in self.cache.layers
+        )
+
+    @torch.no_grad()
+    def step(self, model: Any, window: int | None) -> list[tuple[int, float]]:
+        """Feed the model; returns each row's next token and its log-probability."""
+        # A row that has ended may wait in the batch beyond the model's last position.
+        last = None if window is None else window - 1
+        positions = (self.attended.cumsum(dim=-1) - 1).clamp(min=0, max=last)[:, -self.fed.shape[1] :]
+        output = model(
+            input_ids=self.fed,
+            attention_mask=self.attended,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        chosen, logps = _sample(output.logits[:, -1].float(), self.rows)
+        self.fed = chosen[:, None]
+        self.attended = torch.cat([self.attended, self.attended.new_ones(len(self.rows), 1)], dim=1)
+        return list(zip(chosen.tolist(), logps.tolist(), strict=True))
+
+    def compact(self) -> None:
+        """Drop ended rows; copying the cache costs about a token's worth of time, so it waits until it is worth it."""
+        open_ = [place for place, row in enumerate(self.rows) if row.finish_reason is None]
+        if 0 < len(open_) <= _COMPACTION * len(self.rows):
+            kept = torch.tensor(open_, device=self.fed.device)
+            self.cache.reorder_cache(kept)
+            self.attended, self.fed = self.attended[kept], self.fed[kept]
+            self.indices = [self.indices[place] for place in open_]
+            self.rows = [self.rows[place] for place in open_]
+
+    def joined_by(self, other: "_Batch") -> "_Batch":
+        """Return both as one batch, as wide as its longest row; both have been fed and lack their last token."""
+        # Columns of rows that have left are nobody's.
+        width = max(_used(self.attended), _used(other.attended))
+        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.keys = torch.cat([_fitted(states, width - 1, dim=-2) for states in (layer.keys, joining.keys)])
+            layer.values = torch.cat([_fitted(states, width - 1, dim=-2) for states in (layer.values, joining.values)])
+        return _Batch(
+            self.indices + other.indices,
+            self.rows + other.rows,
+            torch.cat([self.fed, other.fed]),
+            torch.cat([_fitted(batch.attended, width, dim=-1) for batch in (self, other)]),
+            self.cache,
+        )
+
+
+def _used(attended: torch.Tensor) -> int:
+    """Return how many columns, counted from the right, any row uses."""
+    return attended.shape[1] - int(attended.any(dim=0).int().argmax())
+
+
+def _fitted(states: torch.Tensor, length: int, *, dim: int) -> torch.Tensor:
+    """Cut or pad a dimension on the left to a length."""
+    missing = length - states.shape[dim]
+    if missing <= 0:
+        return states.narrow(dim, -missing, length)
+    shape = list(states.shape)
+    shape[dim] = missing
+    return torch.cat([states.new_zeros(shape), states], dim=dim)
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]], *, filler: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +383,7 @@ def _contiguous_head(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _check(request: GenerationRequest, window: int | None) -> None:
+def _row(loaded: Generator, request: GenerationRequest, window: int | None) -> _Row:
     if not request.prompt_ids:
         msg = "a prompt without tokens cannot be answered"
         raise ModelError(msg)
@@ -302,3 +394,4 @@ def _check(request: GenerationRequest, window: int | None) -> None:
     if window is not None and needed > window:
         msg = f"a prompt of {len(request.prompt_ids)} tokens and an answer of up to {request.max_tokens} do not fit the model's context of {window} tokens\n\nHint: shorten the prompt or lower the token limit."
         raise ModelError(msg)
+    return _Row(request, loaded.end_ids, loaded.model.device)

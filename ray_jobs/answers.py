@@ -1,8 +1,8 @@
 """Greedy answers and perplexity of models, each model in a Ray actor of its own; what was generated once is kept.
 
 Answers are an artifact keyed by weights, prompts, token limit, batch size and compute type, so the SFT model and the
-champion answer a prompt set once, not in every round. Batches are made by prompt length, the same way every time. This
-module does not know what the answers are for.
+champion answer a prompt set once, not in every round. Prompts go in the order of their length, the same way every time.
+This module does not know what the answers are for.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,8 @@ from app.schemas import Message, content_hash
 from app.storage import Artifact, Home
 
 _ROWS_PER_FILE = 4096
+_BATCHES_PER_CALL = 4
+"""Within a call the next prompts join as answers end; after it, progress is shown and a failure starts from there."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,22 @@ class ModelActor:
         if torch.cuda.is_available():
             self._loaded.model.to("cuda")  # type: ignore[arg-type]
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """Answer a batch greedily."""
+    def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+        """Answer prompts greedily."""
         requests = [
             GenerationRequest(
                 prompt_ids=tuple(render_prompt(self._loaded.tokenizer, [Message("user", prompt.text)], None)),
                 temperature=0.0,
                 top_p=1.0,
-                max_tokens=max_new_tokens,
+                max_tokens=decoding.max_new_tokens,
                 seed=0,
             )
             for prompt in prompts
         ]
+        completions = generate(self._loaded, requests, places=decoding.batch_size)
         return [
             Answer(p.id, p.cluster, c.text, str(c.finish_reason), len(c.token_ids), self._loaded.model_id)
-            for p, c in zip(prompts, generate(self._loaded, requests), strict=True)
+            for p, c in zip(prompts, completions, strict=True)
         ]
 
     def perplexity(self, text: str) -> float:
@@ -148,9 +151,9 @@ class _Work:
             self.fresh[i] = {}
             self.total += len(self.wanted.prompt_sets[i])
             by_length = sorted(self.wanted.prompt_sets[i], key=lambda p: (len(p.text), p.id))
-            for at in range(0, len(by_length), self.decoding.batch_size):
-                batch = by_length[at : at + self.decoding.batch_size]
-                self.tasks[self.actor.answer.remote(batch, self.decoding.max_new_tokens)] = i
+            together = _BATCHES_PER_CALL * self.decoding.batch_size
+            for at in range(0, len(by_length), together):
+                self.tasks[self.actor.answer.remote(by_length[at : at + together], self.decoding)] = i
         if unscored:
             self.tasks[self.actor.perplexity.remote(self.wanted.neutral_text)] = None
         return list(self.tasks)

@@ -1,6 +1,7 @@
 """Answers questions with one model, in batches, and lets the model be replaced while answers are being given.
 
-What waits is generated together, in a thread; answers under way end on the model they began with. Knows nothing of
+What waits is generated together, in a thread, and what arrives joins while the model stays the same; answers under way
+end on the model they began with. Knows nothing of
 HTTP, of Ray, or of which model should serve.
 """
 
@@ -10,9 +11,10 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.errors import ModelError
 from app.generation import Completion, GenerationRequest, answer_text, context_window, generate
@@ -69,7 +71,7 @@ class Engine:
         return self._serving
 
     def install(self, serving: Serving) -> None:
-        """Let the next batches be answered by this model; the batch under way ends on the old one."""
+        """Let the next batches be answered by this model; the batch under way ends on the old one, and nothing joins it."""
         self._serving = serving
 
     async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
@@ -92,11 +94,7 @@ class Engine:
         while True:
             await self._arrived.wait()
             await self._wait_for_company()
-            batch: list[_Ticket] = []
-            while self._waiting and len(batch) < self._max_batch_size:
-                ticket = self._waiting.popleft()
-                if not ticket.abandoned.is_set():
-                    batch.append(ticket)
+            batch = self._take(self._max_batch_size)
             if not self._waiting:
                 self._arrived.clear()
             if not batch:
@@ -107,11 +105,28 @@ class Engine:
                     ticket.events.put_nowait(Refusal(503, "not_ready", "no model is loaded yet"))
                 continue
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, _run_batch, serving, batch)
+                join = partial(self._joining, serving, batch)
+                await asyncio.get_running_loop().run_in_executor(
+                    self._thread, _run_batch, serving, batch, join, self._max_batch_size
+                )
             except Exception as error:  # the worker must outlive whatever a model does  # noqa: BLE001
                 _log.error("a batch of %d failed: %s", len(batch), type(error).__name__)
                 for ticket in batch:
                     ticket.events.put_nowait(Refusal(500, "generation_failed", "the model failed on this batch"))
+
+    def _take(self, most: int) -> list["_Ticket"]:
+        taken: list[_Ticket] = []
+        while self._waiting and len(taken) < most:
+            ticket = self._waiting.popleft()
+            if not ticket.abandoned.is_set():
+                taken.append(ticket)
+        return taken
+
+    def _joining(self, serving: Serving, batch: list["_Ticket"], most: int) -> list["_Ticket"]:
+        """Take what joins a batch under way; called in the generation thread."""
+        joining = self._take(most) if self._serving is serving else []
+        batch += joining
+        return joining
 
     async def _wait_for_company(self) -> None:
         if len(self._waiting) >= self._max_batch_size or not self._batch_wait_s:
@@ -150,16 +165,22 @@ class _GrowingText:
         return new
 
 
-def _run_batch(serving: Serving, batch: list[_Ticket]) -> None:
+def _run_batch(serving: Serving, batch: list[_Ticket], join: Callable[[int], list[_Ticket]], places: int) -> None:
     rows: list[tuple[_Ticket, GenerationRequest]] = []
-    for ticket in batch:
-        request = _request(serving, ticket.question)
-        if isinstance(request, Refusal):
-            ticket.send(request)
-        else:
-            ticket.send(Started(serving.loaded.model_id, serving.revision))
-            rows.append((ticket, request))
-    texts = [_GrowingText(serving) for _ in rows]
+    texts: list[_GrowingText] = []
+
+    def admit(tickets: list[_Ticket]) -> list[GenerationRequest]:
+        admitted = []
+        for ticket in tickets:
+            request = _request(serving, ticket.question)
+            if isinstance(request, Refusal):
+                ticket.send(request)
+            else:
+                ticket.send(Started(serving.loaded.model_id, serving.revision))
+                admitted.append((ticket, request))
+        rows.extend(admitted)
+        texts.extend(_GrowingText(serving) for _ in admitted)
+        return [request for _, request in admitted]
 
     def on_tokens(row: int, token_id: int) -> None:
         ticket, request = rows[row]
@@ -177,10 +198,12 @@ def _run_batch(serving: Serving, batch: list[_Ticket]) -> None:
 
     generate(
         serving.loaded,
-        [request for _, request in rows],
+        admit(batch),
         on_tokens=on_tokens,
         on_completion=on_completion,
         should_stop=lambda row: rows[row][0].abandoned.is_set(),
+        more=lambda most: admit(join(most)),
+        places=places,
     )
 
 

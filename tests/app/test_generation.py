@@ -245,6 +245,44 @@ def test_a_request_that_cannot_be_answered_is_refused_by_name(loaded, wrong, nam
         generate(loaded, [request(), wrong])
 
 
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 14)), min_size=2, max_size=9),
+    asked=st.lists(st.integers(0, 3), max_size=12),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_row_that_joins_a_batch_under_way_gets_the_answer_it_gets_alone(loaded, rows, asked):
+    requests = [request(PROMPTS[which], max_tokens=limit) for which, limit in rows]
+    waiting, turns = requests[1:], iter(asked)
+
+    def more(most):
+        count = len(waiting) if most == places else min(most, next(turns, 0))
+        joining = waiting[:count]
+        del waiting[:count]
+        return joining
+
+    places = 3
+    answers = generate(loaded, requests[:1], more=more, places=places)
+    assert not waiting
+    for answer, alone in zip(answers, requests, strict=True):
+        assert answer.token_ids == generate(loaded, [alone])[0].token_ids
+
+
+def test_a_batch_that_is_joined_without_end_does_not_grow_without_end(loaded, monkeypatch):
+    widths = []
+    forward = loaded.model.forward
+
+    def watched(*arguments, **keywords):
+        widths.append(keywords["attention_mask"].shape[1])
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(loaded.model, "forward", watched)
+    waiting = [request(max_tokens=6, temperature=1.0, seed=i) for i in range(40)]
+    answers = generate(loaded, [request(max_tokens=4)], more=lambda _: [waiting.pop()] if waiting else [], places=3)
+    assert len(answers) == 41
+    # A row is 3 + 6 tokens at most, and columns of rows that left go when the next one joins.
+    assert max(widths) <= 3 + 6 + 6
+
+
 def test_rows_leave_the_batch_of_a_model_with_convolution_layers(loaded):
     torch.manual_seed(0)
     config = Lfm2Config(
@@ -263,7 +301,14 @@ def test_rows_leave_the_batch_of_a_model_with_convolution_layers(loaded):
     hybrid = Loaded(Lfm2ForCausalLM(config).eval(), loaded.tokenizer, (1,))
     # Prompts of one length: left padding is no business of a convolution's.
     prompts, limits = [(5, 9, 30), (7, 8, 9), (200, 100, 50)], (2, 10, 6)
-    answers = generate(hybrid, [request(p, max_tokens=n) for p, n in zip(prompts, limits, strict=True)])
+    asked: list[int] = []
+    answers = generate(
+        hybrid,
+        [request(p, max_tokens=n) for p, n in zip(prompts, limits, strict=True)],
+        more=lambda n: asked.append(n) or [],
+        places=3,
+    )
+    assert asked == [3], "what such a layer keeps of a row cannot be moved beside another's: asked when all have ended"
     for prompt, limit, answer in zip(prompts, limits, answers, strict=True):
         (alone,) = generate(hybrid, [request(prompt, max_tokens=limit)])
         assert answer.token_ids == alone.token_ids

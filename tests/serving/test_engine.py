@@ -9,7 +9,7 @@ from app.errors import ModelError, ServiceError
 from app.generation import GenerationRequest, generate
 from app.models import Lineage, ensure_sft, load_model, render_prompt, save_model
 from app.schemas import Message
-from serving.engine import Engine, Serving, load_serving
+from serving.engine import Engine, Serving, _request, load_serving
 from serving.messages import Answer, Delta, Question, Refusal, Started
 from serving.replica import Replica
 
@@ -100,19 +100,57 @@ def test_streamed_text_is_a_prefix_of_the_answer_and_never_holds_half_a_characte
 
 
 def test_questions_that_wait_are_answered_together_up_to_the_batch_size(serving, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        "serving.engine.generate",
-        lambda loaded, requests, **k: sizes.append(len(requests)) or generate(loaded, requests, **k),
-    )
+    rows = []
+    forward = serving.loaded.model.forward
+
+    def watched(*arguments, **keywords):
+        rows.append(len(keywords["input_ids"]))
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(serving.loaded.model, "forward", watched)
 
     async def run():
         engine = engine_of(serving)
         return await asyncio.gather(*(ask(engine, question(seed=i)) for i in range(10)))
 
     answers = asyncio.run(run())
-    assert sizes == [4, 4, 2]
+    assert rows[0] == max(rows) == 4
     assert all(isinstance(events[-1], Answer) for events in answers)
+
+
+def test_a_question_joins_the_answers_under_way_and_ends_before_them(serving):
+    async def run():
+        engine, ended = engine_of(serving), []
+
+        async def answered(name, asked):
+            events = await ask(engine, asked)
+            ended.append(name)
+            return events[-1]
+
+        first = asyncio.create_task(answered("long", question(temperature=0.0, max_tokens=400)))
+        await asyncio.sleep(0.1)
+        second = await answered("short", question(temperature=0.0, max_tokens=5))
+        return await first, second, ended, await ask(engine_of(serving), question(temperature=0.0, max_tokens=5))
+
+    long, short, ended, alone = asyncio.run(run())
+    assert ended == ["short", "long"]
+    assert len(long.token_ids) == 400
+    assert short.token_ids == alone[-1].token_ids
+
+
+def test_nothing_joins_the_answers_of_a_model_that_was_replaced(home, serving, second):
+    async def run():
+        engine = engine_of(serving)
+        events = engine.answer(question(deltas=True, temperature=0.0, max_tokens=400))
+        await anext(events)
+        engine.install(load_serving(home, second, 2, dtype="float32"))
+        asked = asyncio.create_task(ask(engine, question(max_tokens=2)))
+        rest = [event async for event in events]
+        return rest[-1], await asked
+
+    old, new = asyncio.run(run())
+    assert len(old.token_ids) == 400
+    assert new[0] == Started(second, 2)
 
 
 def test_a_full_batch_does_not_wait_for_company(serving):
@@ -153,11 +191,8 @@ def test_an_abandoned_answer_frees_its_row(serving):
 
 
 def test_a_question_abandoned_in_the_queue_is_never_generated(serving, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(
-        "serving.engine.generate",
-        lambda loaded, requests, **k: sizes.append(len(requests)) or generate(loaded, requests, **k),
-    )
+    began = []
+    monkeypatch.setattr("serving.engine._request", lambda *given: began.append(given) or _request(*given))
 
     async def run():
         engine = engine_of(serving, max_batch_size=1, batch_wait_s=0)
@@ -170,7 +205,7 @@ def test_a_question_abandoned_in_the_queue_is_never_generated(serving, monkeypat
         await ask(engine, question())
 
     asyncio.run(run())
-    assert sizes == [1, 1]
+    assert len(began) == 2
 
 
 @pytest.mark.parametrize(
