@@ -180,7 +180,7 @@ class ServingSection(Section):
     threads_per_replica: int | None = Field(None, ge=1, description="Torch threads of one replica.")
     gpus_per_replica: float = Field(0, ge=0, description="GPUs of one replica.")
     max_batch_size: int = Field(16, ge=1, description="Requests generated together.")
-    batch_wait_s: float = Field(0.05, ge=0, description="How long a request waits for company.")
+    batch_wait_s: float = Field(0.05, ge=0, description="How long the first request of a batch waits for company.")
     max_queued_requests: int = Field(256, ge=1, description="More waiting requests than this get 429.")
     max_tokens: int = Field(256, ge=1, description="Default and upper limit of tokens of an answer.")
     request_timeout_s: float = Field(300, gt=0, description="A request older than this ends with 408.")
@@ -208,6 +208,9 @@ class Recipe(Section):
                 "`train.reference: adapter_off` scores the reference with the policy's own base, so `model.start` and "
                 "`model.reference_model` must name the same model; use `train.reference: precomputed`"
             )
+            raise ValueError(msg)
+        if self.collect is not None and self.collect.max_tokens > self.serving.max_tokens:
+            msg = f"`collect.max_tokens` = {self.collect.max_tokens} is more than `serving.max_tokens` = {self.serving.max_tokens}, which the gateway refuses"
             raise ValueError(msg)
         return self
 

@@ -22,6 +22,8 @@ from app.schemas import FinishReason
 
 _COMPACTION = 0.85
 """Ended rows are dropped once at most this share of the batch goes on."""
+_COLDEST = 1e-5
+"""Lower temperatures are greedy; in fp32 they would divide by nothing."""
 _JOINING_SHARE = 8
 """Nothing joins before one in so many places is free: joining copies the cache too."""
 _TRIES = 4
@@ -87,7 +89,7 @@ def generate(
     more: Callable[[int], Sequence[GenerationRequest]] | None = None,
     places: int | None = None,
 ) -> list[Completion]:
-    """Answer all requests and return the completions in their order.
+    """Answer all requests, and those that join, and return the completions in their order.
 
     Args:
         loaded: model, tokenizer and end tokens.
@@ -95,11 +97,11 @@ def generate(
         on_tokens: called with row and token id as soon as a token is sampled, in the calling thread.
         on_completion: called with row and completion as soon as a row ends, in the calling thread.
         should_stop: asked about each unfinished row after each of its tokens; True ends the row.
-        more: asked for at most so many requests as there is room for, whenever there is; what it returns joins, and its
-            rows are numbered on.
-        places: rows that are decoded together; the others join as places become free. Default: as many as requests.
-            A batch of a model with layers that keep less than all tokens (windows, convolutions) cannot be joined, so
-            the next rows begin when it has ended.
+        more: asked, while one in eight places is free, for at most so many requests as are; what it returns joins, its
+            rows are numbered on and its completions follow the others.
+        places: rows that are decoded together at most; the others join as places become free. Default: as many as
+            requests. A batch of a model with layers that keep less than all tokens (windows, convolutions) cannot be
+            joined: there `more` is asked once, at the beginning, and the next rows begin when all before have ended.
 
     Raises:
         ModelError: a prompt is empty, or prompt and answer do not fit the model's context.
@@ -153,15 +155,22 @@ def _decode(
         open_ = batch.open if batch is not None else 0
         free = places - open_
         if not open_ or (batch is not None and batch.can_be_joined and free * _JOINING_SHARE >= places):
-            if more is not None and (wanted := free - (len(rows) - begun)) > 0:
+            if (
+                more is not None
+                and (batch is None or batch.can_be_joined)
+                and (wanted := free - (len(rows) - begun)) > 0
+            ):
                 rows += [_row(loaded, request, window) for request in more(wanted)]
             if indices := range(begun, min(begun + free, len(rows))):
                 begun = indices.stop
                 newcomers = begin(indices)
                 yield from advance(newcomers)
-                batch = batch.joined_by(newcomers) if batch is not None and open_ else newcomers
-                continue
-        if batch is None or not open_:
+                if batch is None or not open_:
+                    batch = newcomers
+                    continue
+                if newcomers.open:
+                    batch = batch.joined_by(newcomers)
+        if batch is None or not batch.open:
             return
         yield from advance(batch)
 
@@ -212,26 +221,34 @@ class _Batch:
 
     def compact(self) -> None:
         """Drop ended rows; copying the cache costs about a token's worth of time, so it waits until it is worth it."""
+        if 0 < self.open <= _COMPACTION * len(self.rows):
+            self._only_open()
+
+    def _only_open(self) -> "_Batch":
         open_ = [place for place, row in enumerate(self.rows) if row.finish_reason is None]
-        if 0 < len(open_) <= _COMPACTION * len(self.rows):
+        if len(open_) < len(self.rows):
             kept = torch.tensor(open_, device=self.fed.device)
             self.cache.reorder_cache(kept)
             self.attended, self.fed = self.attended[kept], self.fed[kept]
             self.indices = [self.indices[place] for place in open_]
             self.rows = [self.rows[place] for place in open_]
+        return self
 
     def joined_by(self, other: "_Batch") -> "_Batch":
-        """Return both as one batch, as wide as its longest row; both have been fed and lack their last token."""
-        # Columns of rows that have left are nobody's.
-        width = max(_used(self.attended), _used(other.attended))
+        """Return what is open of both as one batch, as wide as its longest row.
+
+        Both have open rows, and have been fed all but the last token of each row.
+        """
+        batches = self._only_open(), other._only_open()
+        width = max(_used(batch.attended) for batch in batches)
         for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
             layer.keys = torch.cat([_fitted(states, width - 1, dim=-2) for states in (layer.keys, joining.keys)])
             layer.values = torch.cat([_fitted(states, width - 1, dim=-2) for states in (layer.values, joining.values)])
         return _Batch(
-            self.indices + other.indices,
-            self.rows + other.rows,
-            torch.cat([self.fed, other.fed]),
-            torch.cat([_fitted(batch.attended, width, dim=-1) for batch in (self, other)]),
+            [index for batch in batches for index in batch.indices],
+            [row for batch in batches for row in batch.rows],
+            torch.cat([batch.fed for batch in batches]),
+            torch.cat([_fitted(batch.attended, width, dim=-1) for batch in batches]),
             self.cache,
         )
 
@@ -331,7 +348,7 @@ def _sample(logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, t
         rows: whose they are.
     """
     chosen = logits.argmax(dim=-1)
-    sampled = [i for i, row in enumerate(rows) if row.request.temperature > 0]
+    sampled = [i for i, row in enumerate(rows) if row.request.temperature > _COLDEST]
     if sampled:
         temperature, top_p = (
             torch.tensor(values, device=logits.device)[:, None]

@@ -123,7 +123,9 @@ def _charts(curves: list[dict[str, Any]]) -> None:
     top = st.columns(2, gap="small")
     bottom = st.columns(2, gap="small")
     with top[0]:
-        st.caption("Loss (a pair costs ln 2 = 0.693 while policy and reference are equal; sft_weight adds to it)")
+        st.caption(
+            "Loss (a pair costs ln 2 = 0.693 while policy and reference are equal; sft_weight and length_weight change that)"
+        )
         _chart(curves, {"loss": "loss"}, alt.Scale(zero=False))
     with top[1]:
         st.caption("Reward accuracy: share of the step's pairs with a positive margin")

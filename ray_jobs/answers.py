@@ -21,7 +21,7 @@ from app.schemas import Message, content_hash
 from app.storage import Artifact, Home
 
 _ROWS_PER_FILE = 4096
-_BATCHES_PER_CALL = 4
+_BATCHES_PER_CALL = 2
 """Within a call the next prompts join as answers end; after it, progress is shown and a failure starts from there."""
 
 

@@ -99,7 +99,7 @@ def build(args: ServiceArgs) -> Any:
     replica = serve.deployment(
         name=REPLICA,
         num_replicas=section.replicas,
-        # One batch is answered while the next one gathers; what is beyond waits in the gateway and is counted there.
+        # As many wait to join as are answered at once; what is beyond waits in the gateway and is counted there.
         max_ongoing_requests=2 * section.max_batch_size,
         max_queued_requests=section.max_queued_requests,
         ray_actor_options={"num_cpus": section.cpus_per_replica, "num_gpus": section.gpus_per_replica},

@@ -1,8 +1,7 @@
 """Answers questions with one model, in batches, and lets the model be replaced while answers are being given.
 
-What waits is generated together, in a thread, and what arrives joins while the model stays the same; answers under way
-end on the model they began with. Knows nothing of
-HTTP, of Ray, or of which model should serve.
+What waits is generated together, in a thread, and what arrives joins as long as the model stays the same; answers under
+way end on the model they began with. Knows nothing of HTTP, of Ray, or of which model should serve.
 """
 
 import asyncio
@@ -26,6 +25,8 @@ from serving.messages import Answer, Delta, Event, Question, Refusal, Started
 _log = logging.getLogger(__name__)
 _SMOKE_PROMPT = (Message("user", "Say hello."),)
 _SMOKE_TOKENS = 4
+_TURNOVER = 16
+"""A batch that has been joined by so many times its size ends, so that what it remembers of each question goes."""
 _REPLACEMENT = "\ufffd"
 
 
@@ -71,7 +72,7 @@ class Engine:
         return self._serving
 
     def install(self, serving: Serving) -> None:
-        """Let the next batches be answered by this model; the batch under way ends on the old one, and nothing joins it."""
+        """Let this model answer what is asked from now on; answers under way end on the old one."""
         self._serving = serving
 
     async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
@@ -124,7 +125,13 @@ class Engine:
 
     def _joining(self, serving: Serving, batch: list["_Ticket"], most: int) -> list["_Ticket"]:
         """Take what joins a batch under way; called in the generation thread."""
-        joining = self._take(most) if self._serving is serving else []
+        if len(batch) >= _TURNOVER * self._max_batch_size:
+            return []
+        joining = self._take(most)
+        if self._serving is not serving:
+            # Whoever asks after a model was installed is answered by it.
+            self._waiting.extendleft(reversed(joining))
+            return []
         batch += joining
         return joining
 

@@ -174,8 +174,7 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
             path = folder / f"{name}.jsonl"
             write_atomically(home.filesystem, str(path), _jsonl(part))
             settings.append(f"{name}.prompts={json.dumps(str(path))}")
-        limits = ("collect.max_tokens", "evaluate.max_new_tokens", "serving.max_tokens")
-        settings += [f"{limit}={_OUTSIDE_LIMIT}" for limit in limits]
+        settings += [f"collect.max_tokens={_OUTSIDE_LIMIT}", f"evaluate.max_new_tokens={_OUTSIDE_LIMIT}"]
     return settings
 
 

@@ -25,7 +25,8 @@ from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], PairLosses]
-"""(policy logps [N], reference logps [N], chosen [P], rejected [P], mean chosen tokens of the step) -> PairLosses."""
+"""(policy logps [N], reference logps [N], chosen [P], rejected [P], token counts [N], mean chosen tokens of the
+step) -> PairLosses."""
 
 
 _NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}

@@ -57,7 +57,7 @@ def dpo(
     rewards = beta * (policy_logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]
     if length_weight:
-        margins = margins + length_weight * (token_counts[chosen] - token_counts[rejected])
+        margins = margins + length_weight * (token_counts[chosen] - token_counts[rejected]).to(margins.dtype)
     losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
     if sft_weight:
         losses = losses - sft_weight * policy_logps[chosen] / mean_chosen_tokens

@@ -134,8 +134,8 @@ def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(h
     file.write_text(
         "".join(json.dumps({"prompt": f"{i} {random.Random(i).getrandbits(64)}"}) + "\n" for i in range(200))
     )
-    overrides = ["serving.max_tokens=300"]
+    overrides = ["evaluate.max_new_tokens=200"]
     assert run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=file, overrides=overrides) == 1
     settings = [after for before, after in itertools.pairwise(started[0]) if before == "--set"]
     told = load_recipe(Path(RECIPE), settings)
-    assert (told.collect.max_tokens, told.evaluate.max_new_tokens, told.serving.max_tokens) == (256, 256, 300)
+    assert (told.collect.max_tokens, told.evaluate.max_new_tokens) == (256, 200)

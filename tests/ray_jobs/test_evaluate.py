@@ -74,7 +74,7 @@ def stage(tmp_path_factory, tiny_model):
                 "golden": str(root / "golden.jsonl"),
                 "neutral_text": str(root / "neutral.txt"),
                 "max_new_tokens": 8,
-                "batch_size": 5,
+                "batch_size": 2,
                 "gate": {"min_prompts": 10},
             },
         },

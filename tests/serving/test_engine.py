@@ -100,57 +100,96 @@ def test_streamed_text_is_a_prefix_of_the_answer_and_never_holds_half_a_characte
 
 
 def test_questions_that_wait_are_answered_together_up_to_the_batch_size(serving, monkeypatch):
-    rows = []
+    fed = []
     forward = serving.loaded.model.forward
 
     def watched(*arguments, **keywords):
-        rows.append(len(keywords["input_ids"]))
+        fed.append(tuple(keywords["input_ids"].shape))
         return forward(*arguments, **keywords)
 
     monkeypatch.setattr(serving.loaded.model, "forward", watched)
 
     async def run():
         engine = engine_of(serving)
-        return await asyncio.gather(*(ask(engine, question(seed=i)) for i in range(10)))
+        return await asyncio.gather(*(ask(engine, question(max_tokens=40, seed=i)) for i in range(10)))
 
     answers = asyncio.run(run())
-    assert rows[0] == max(rows) == 4
+    assert max(rows for rows, _ in fed) == 4
+    assert len(fed) < 3 * 41, "nobody waits for a batch to end"
     assert all(isinstance(events[-1], Answer) for events in answers)
 
 
 def test_a_question_joins_the_answers_under_way_and_ends_before_them(serving):
     async def run():
-        engine, ended = engine_of(serving), []
-
-        async def answered(name, asked):
-            events = await ask(engine, asked)
-            ended.append(name)
-            return events[-1]
-
-        first = asyncio.create_task(answered("long", question(temperature=0.0, max_tokens=400)))
-        await asyncio.sleep(0.1)
-        second = await answered("short", question(temperature=0.0, max_tokens=5))
-        return await first, second, ended, await ask(engine_of(serving), question(temperature=0.0, max_tokens=5))
-
-    long, short, ended, alone = asyncio.run(run())
-    assert ended == ["short", "long"]
-    assert len(long.token_ids) == 400
-    assert short.token_ids == alone[-1].token_ids
-
-
-def test_nothing_joins_the_answers_of_a_model_that_was_replaced(home, serving, second):
-    async def run():
         engine = engine_of(serving)
-        events = engine.answer(question(deltas=True, temperature=0.0, max_tokens=400))
-        await anext(events)
-        engine.install(load_serving(home, second, 2, dtype="float32"))
-        asked = asyncio.create_task(ask(engine, question(max_tokens=2)))
-        rest = [event async for event in events]
-        return rest[-1], await asked
+        long = engine.answer(question(deltas=True, temperature=0.0, max_tokens=400))
+        while not isinstance(await anext(long), Delta):
+            pass
+        short = (await ask(engine, question(temperature=0.0, max_tokens=5)))[-1]
+        left = [event async for event in long]
+        return short, left, (await ask(engine, question(temperature=0.0, max_tokens=5)))[-1]
 
-    old, new = asyncio.run(run())
+    short, left, alone = asyncio.run(run())
+    assert short.token_ids == alone.token_ids
+    assert len(left[-1].token_ids) == 400
+
+
+def test_what_is_asked_after_a_model_was_installed_does_not_join_the_old_one(home, serving, second):
+    new = load_serving(home, second, 2, dtype="float32")
+
+    async def run():
+        engine, ended = engine_of(serving), []
+        long = engine.answer(question(deltas=True, temperature=0.0, max_tokens=400))
+        while not isinstance(await anext(long), Delta):
+            pass
+        engine.install(new)
+
+        async def last():
+            events = await ask(engine, question(max_tokens=2))
+            ended.append("new")
+            return events
+
+        asked = asyncio.create_task(last())
+        left = [event async for event in long]
+        ended.append("old")
+        return left[-1], await asked, ended
+
+    old, events, ended = asyncio.run(run())
     assert len(old.token_ids) == 400
-    assert new[0] == Started(second, 2)
+    assert ended == ["old", "new"]
+    assert events[0] == Started(second, 2)
+
+
+def test_an_abandoned_answer_that_joined_frees_its_place(serving):
+    async def run():
+        engine = engine_of(serving, max_batch_size=2)
+        first = asyncio.create_task(ask(engine, question(temperature=0.0, max_tokens=1500)))
+        await asyncio.sleep(0.2)
+        joined = engine.answer(question(deltas=True, temperature=0.0, max_tokens=1500))
+        while not isinstance(await anext(joined), Delta):
+            pass
+        await joined.aclose()
+        answered = await ask(engine, question(max_tokens=2))
+        under_way = not first.done()
+        first.cancel()
+        return answered, under_way
+
+    answered, under_way = asyncio.run(run())
+    assert isinstance(answered[-1], Answer)
+    assert under_way
+
+
+def test_a_batch_that_is_joined_for_long_ends(serving, monkeypatch):
+    batches = []
+    monkeypatch.setattr("serving.engine.generate", lambda *a, **k: batches.append(1) or generate(*a, **k))
+
+    async def run():
+        engine = engine_of(serving, max_batch_size=1)
+        return await asyncio.gather(*(ask(engine, question(max_tokens=1, seed=i)) for i in range(40)))
+
+    answers = asyncio.run(run())
+    assert len(batches) == 3
+    assert all(isinstance(events[-1], Answer) for events in answers)
 
 
 def test_a_full_batch_does_not_wait_for_company(serving):
