@@ -27,11 +27,11 @@ from app.services import Services
 from app.storage import HOME_VARIABLE, Home, write_atomically
 
 REPORT = "report.json"
-_HELD_OUT_PROMPTS = 130
-_HELD_OUT_SHARE = 0.5
-"""Of many prompts; answers that are cut are not judged, so more are needed than the gate asks for."""
+_MIN_HELD_OUT_PROMPTS = 60
+_ENOUGH_HELD_OUT_PROMPTS = 130
 _MAX_HELD_OUT_PROMPTS = 200
 _MIN_TRAIN_PROMPTS = 60
+_ENOUGH_TRAIN_PROMPTS = 80
 _OUTSIDE_LIMIT = 256
 """Tokens of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
 
@@ -166,9 +166,7 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
         ]
     if prompts is not None:
         found = load_prompts(str(prompts))
-        share = int(_HELD_OUT_SHARE * len(found.prompts))
-        held_out = max(_HELD_OUT_PROMPTS, min(share, _MAX_HELD_OUT_PROMPTS))
-        split = _split(found.prompts, held_out)
+        split = _split(found.prompts)
         folder = home.local("demo", "prompts", content_hash([p.text for p in found.prompts])[:12])
         for name, part in (("collect", split.train), ("evaluate", split.held_out)):
             path = folder / f"{name}.jsonl"
@@ -178,13 +176,18 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
     return settings
 
 
-def _split(prompts: Sequence[Prompt], held_out: int) -> PromptSplit:
-    """Hold out so many prompts, or as few as will do where near-duplicates stand in the way."""
+def _split(prompts: Sequence[Prompt]) -> PromptSplit:
+    """Hold out half, more of few prompts, or as few as will do where near-duplicates stand in the way.
+
+    Answers that are cut are not judged, so more prompts are held out than the gate asks for.
+    """
+    few = min(_ENOUGH_HELD_OUT_PROMPTS, len(prompts) - _ENOUGH_TRAIN_PROMPTS)
+    held_out = min(max(len(prompts) // 2, few, _MIN_HELD_OUT_PROMPTS), _MAX_HELD_OUT_PROMPTS)
     split = functools.partial(split_prompts, prompts, min_train=_MIN_TRAIN_PROMPTS, seed=0)
     try:
         return split(held_out=held_out)
     except DataError:
-        return split(held_out=_HELD_OUT_PROMPTS)
+        return split(held_out=_MIN_HELD_OUT_PROMPTS)
 
 
 def _jsonl(prompts: Sequence[Prompt]) -> bytes:

@@ -91,7 +91,7 @@ def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
         run_demo(home, audience="loud", **options)
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "one"}\n')
-    with pytest.raises(DataError, match="give at least 190 prompts"):
+    with pytest.raises(DataError, match="give at least 120 prompts"):
         run_demo(home, audience="style", **(options | {"prompts": few}))
 
 
@@ -109,7 +109,9 @@ def test_the_demo_stops_the_service_of_its_loop_and_never_a_users(home, monkeypa
     assert any("--stop" in command for command in commands) == stopped
 
 
-@pytest.mark.parametrize(("different", "alike", "held_out"), [(330, 0, 165), (140, 190, 130)])
+@pytest.mark.parametrize(
+    ("different", "alike", "held_out"), [(330, 0, 165), (250, 0, 130), (160, 0, 80), (120, 0, 60), (140, 190, 60)]
+)
 def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
     home, monkeypatch, tmp_path, different, alike, held_out
 ):
@@ -123,7 +125,7 @@ def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
     (held,) = home.local("demo", "prompts").glob("*/evaluate.jsonl")
     (train,) = home.local("demo", "prompts").glob("*/collect.jsonl")
     lines = [len(path.read_text().splitlines()) for path in (held, train)]
-    assert sum(lines) == 330
+    assert sum(lines) == different + alike
     assert lines[0] == held_out
 
 

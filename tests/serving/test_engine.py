@@ -283,6 +283,37 @@ def test_without_a_model_questions_are_refused(serving):
     assert isinstance(serving, Serving)
 
 
+def test_a_failure_is_told_to_those_who_joined_and_not_to_those_who_were_answered(serving, monkeypatch):
+    forward = serving.loaded.model.forward
+    broken: list[int] = []
+
+    def fragile(*arguments, **keywords):
+        if broken:
+            raise RuntimeError
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(serving.loaded.model, "forward", fragile)
+
+    async def run():
+        engine = engine_of(serving)
+        first = engine.answer(question(deltas=True, temperature=0.0, max_tokens=1500))
+        while not isinstance(await anext(first), Delta):
+            pass
+        answered = await ask(engine, question(max_tokens=2))
+        joined = engine.answer(question(deltas=True, temperature=0.0, max_tokens=1500))
+        while not isinstance(await anext(joined), Delta):
+            pass
+        broken.append(1)
+        ends = [[event async for event in events][-1] for events in (first, joined)]
+        broken.clear()
+        return answered[-1], ends, await ask(engine, question(max_tokens=2))
+
+    answered, ends, after = asyncio.run(run())
+    assert isinstance(answered, Answer)
+    assert [end.code for end in ends] == ["generation_failed"] * 2
+    assert isinstance(after[-1], Answer)
+
+
 def test_a_failing_batch_is_refused_and_the_next_one_is_answered(serving, monkeypatch):
     failures = iter([RuntimeError("out of memory")])
 
