@@ -145,6 +145,8 @@ def score_reference(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
     length = math.ceil(len(groups) / blocks)
     slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
