@@ -154,9 +154,9 @@ def _run_round(session: Session, console: Console) -> int:
 def _stages(session: Session, run: LoopRun, console: Console) -> str:
     home, ledger, recipe = session.home, session.ledger, session.recipe
     if recipe.collect is not None:
+        run.stage("serve", lambda: _served(session, console))
         # The service may have gone since an interruption, so it is looked after in every attempt.
         _ensure_service(session, console)
-        run.stage("serve", lambda: {"champion": _champion_id(home, ledger, recipe)})
         run.stage("collect", lambda: _collect(session, run, console))
         recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"since": run.began})})
     pairs = run.stage("build_pairs", lambda: _made_pairs(home, ledger, recipe))
@@ -248,6 +248,11 @@ def _ship(session: Session, model_id: str) -> None:
     result = ship(session.home, session.ledger, session.recipe, model_id, "loop")
     if not result.shipped:
         raise ServiceError(result.reason)
+
+
+def _served(session: Session, console: Console) -> dict[str, Any]:
+    _ensure_service(session, console)
+    return {"champion": _champion_id(session.home, session.ledger, session.recipe)}
 
 
 def _ensure_service(session: Session, console: Console) -> None:
