@@ -51,8 +51,10 @@ class Endpoint:
 class Habits:
     """How the audience behaves."""
 
-    max_answers: int = 4
-    """Answers that one prompt gets at most, the first included; twice as many where `enough` is not reached."""
+    max_answers: int = 3
+    """Answers that one prompt gets at most, the first included."""
+    more_answers: int = 8
+    """The same where `enough` is not reached."""
     enough: int = 100
     """Prompts that should end with a preference: one answer liked and one not, a decided comparison or an edit."""
     gives_up_after: int = 2
@@ -359,7 +361,7 @@ class _Audience:
             open_ = await self._each(self._talk)
             if len(self.prompts) - len(open_) < self.habits.enough:
                 self.visits += len(open_)
-                await self._each(partial(self._talk, limit=2 * self.habits.max_answers), open_)
+                await self._each(partial(self._talk, limit=self.habits.more_answers), open_)
 
     async def _each(
         self, visit: Callable[[Prompt], Awaitable[bool]], prompts: Sequence[Prompt] | None = None

@@ -109,7 +109,7 @@ def test_most_prompts_end_with_a_liked_and_a_disliked_answer(gateway, tmp_path):
 def test_prompts_that_came_to_nothing_are_asked_more_often_where_the_round_gave_too_little(tmp_path):
     rarely = lambda prompt, k: (f"you {k}" if k == 5 and prompt != "prompt 0" else f"the {k}", "stop")  # noqa: E731
     with FakeGateway(rarely) as few, FakeGateway(rarely) as asked_more:
-        assert hold(few, tmp_path / "a", enough=0).answers == 4 * len(PROMPTS)
+        assert hold(few, tmp_path / "a", enough=0).answers == 3 * len(PROMPTS)
         report = hold(asked_more, tmp_path / "b", enough=1)
         assert report.thumbs_up == len(PROMPTS) - 1
         assert report.answers == 8 * len(PROMPTS)
@@ -276,7 +276,7 @@ def test_a_killed_audience_continues_and_doubles_nothing(tmp_path):
         assert len({(a["prompt_id"], a["n"]) for a in names}) == len(names) == report["answers"]
 
 
-def test_progress_counts_each_prompt_twice(gateway, tmp_path):
+def test_progress_counts_each_prompt_twice_before_any_is_asked_more_often(gateway, tmp_path):
     (tmp_path / "style.json").write_text(
         json.dumps({"name": "t", "rules": [{"name": "y", "pattern": "you", "weight": 1}]})
     )
@@ -291,6 +291,6 @@ def test_progress_counts_each_prompt_twice(gateway, tmp_path):
         journal=tmp_path / "journal",
         on_progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(i + 1, 20) for i in range(20)]
+    assert seen[:20] == [(i + 1, 20) for i in range(20)]
     assert report["prompts"] == 10
     json.dumps(report)
