@@ -292,5 +292,6 @@ def test_progress_counts_each_prompt_twice_before_any_is_asked_more_often(gatewa
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[:20] == [(i + 1, 20) for i in range(20)]
+    assert seen[20:] == [(done, len(seen)) for done in range(21, len(seen) + 1)]
     assert report["prompts"] == 10
     json.dumps(report)
