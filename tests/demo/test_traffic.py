@@ -21,6 +21,11 @@ class Service:
         self.flows.set()
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64
+    """Eighteen clients connect anew for each request; five places (the default) refuse some on a slow machine."""
+
+
 @contextmanager
 def served(service: Service):
     class Handler(BaseHTTPRequestHandler):
@@ -46,7 +51,7 @@ def served(service: Service):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -73,7 +78,7 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
         traffic.wait_for_answers(from_model="new")
     report = traffic.report()
     assert report["requests_during_switch"] >= 40
-    assert report["failed_requests"] == 0
+    assert report["failed_requests"] == 0, report["failures"]
     assert set(report["models_seen"]) == {"old", "new"}
     assert report["streams_across_switch"] == 2
 
@@ -83,7 +88,7 @@ def test_a_refused_request_and_a_cut_stream_are_failures(section, trouble):
     service = Service()
     with served(service) as url, Traffic(url, "key", section) as traffic:
         traffic.wait_for_answers()
-        assert traffic.report()["failed_requests"] == 0
+        assert traffic.report()["failures"] == []
         setattr(service, trouble, True)
         time.sleep(0.6)
     assert traffic.report()["failed_requests"] > 0
