@@ -33,7 +33,7 @@ _MAX_HELD_OUT_PROMPTS = 200
 _MIN_TRAIN_PROMPTS = 60
 _ENOUGH_TRAIN_PROMPTS = 80
 _OUTSIDE_LIMIT = 256
-"""Tokens of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
+"""Tokens at least of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
 
 
 def run_demo(
@@ -54,7 +54,8 @@ def run_demo(
     if audience not in ("style", "random"):
         msg = f"no audience `{audience}`\n\nHint: --audience is `style` or `random`."
         raise RecipeError(msg)
-    settings = [*_outside(home, style, prompts), *overrides, f"collect.audience={audience}"]
+    asked = load_recipe(recipe, overrides)
+    settings = [*_outside(home, style, prompts, asked), *overrides, f"collect.audience={audience}"]
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     began = time.time()
@@ -157,7 +158,7 @@ def print_closing(console: Console, report: Mapping[str, Any], path: Path, recip
     )
 
 
-def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
+def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recipe) -> list[str]:
     settings = []
     if style is not None:
         settings += [
@@ -172,7 +173,11 @@ def _outside(home: Home, style: Path | None, prompts: Path | None) -> list[str]:
             path = folder / f"{name}.jsonl"
             write_atomically(home.filesystem, str(path), _jsonl(part))
             settings.append(f"{name}.prompts={json.dumps(str(path))}")
-        settings += [f"collect.max_tokens={_OUTSIDE_LIMIT}", f"evaluate.max_new_tokens={_OUTSIDE_LIMIT}"]
+        room = min(_OUTSIDE_LIMIT, recipe.serving.max_tokens)
+        settings += [
+            f"collect.max_tokens={max(room, recipe.collect.max_tokens)}",
+            f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens)}",
+        ]
     return settings
 
 

@@ -129,15 +129,25 @@ def test_a_large_prompt_file_holds_out_more_where_its_near_duplicates_allow(
     assert lines[0] == held_out
 
 
-def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(home, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "limits"),
+    [
+        ([], (256, 256)),
+        (["evaluate.max_new_tokens=200"], (256, 200)),
+        (["serving.max_tokens=512", "collect.max_tokens=400"], (400, 256)),
+        (["serving.max_tokens=192"], (192, 192)),
+    ],
+)
+def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(
+    home, monkeypatch, tmp_path, overrides, limits
+):
     started: list[list[str]] = []
     monkeypatch.setattr("app.demo.runner._child", lambda command, _: started.append(list(command)) or 1)
     file = tmp_path / "p.jsonl"
     file.write_text(
         "".join(json.dumps({"prompt": f"{i} {random.Random(i).getrandbits(64)}"}) + "\n" for i in range(200))
     )
-    overrides = ["evaluate.max_new_tokens=200"]
     assert run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=file, overrides=overrides) == 1
     settings = [after for before, after in itertools.pairwise(started[0]) if before == "--set"]
     told = load_recipe(Path(RECIPE), settings)
-    assert (told.collect.max_tokens, told.evaluate.max_new_tokens) == (256, 200)
+    assert (told.collect.max_tokens, told.evaluate.max_new_tokens) == limits
