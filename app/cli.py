@@ -29,7 +29,7 @@ cli = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
-Actor = Annotated[str, typer.Option(help="Who acts, for the audit log.")]
+Actor = Annotated[str | None, typer.Option(help="Who acts, for the audit log; default: the user.")]
 _DEMO_RECIPE = Path("recipes/demo_only.yaml")
 
 
@@ -40,9 +40,6 @@ def main() -> None:
     except PrefloopError as error:
         Console(stderr=True).print(f"prefloop: {error}", highlight=False, markup=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("prefloop: interrupted; what was acknowledged is kept", highlight=False)
-        sys.exit(Interrupted.exit_code)
 
 
 @cli.command()
@@ -74,7 +71,12 @@ def import_(
 
     home = _home()
     section = load_recipe(recipe).pairs if recipe else PairSection()
-    snapshot, report = import_files(home, Ledger.open(home.ledger_url), files, name=to, section=section)
+    try:
+        snapshot, report = import_files(home, Ledger.open(home.ledger_url), files, name=to, section=section)
+    except KeyboardInterrupt:
+        # typer would leave without a word.
+        msg = "interrupted; nothing was imported, the same command begins anew"
+        raise Interrupted(msg) from None
     print_import(Console(), to, snapshot, report)
 
 
@@ -97,7 +99,7 @@ def train(
     run: Annotated[str | None, typer.Option(help="Run id; an existing one continues.")] = None,
 ) -> None:
     """Train the policy against the frozen reference and say whether it learned."""
-    _job("ray_jobs.train", recipe, overrides, *(("--run", run) if run else ()))
+    _job("ray_jobs.train", recipe, overrides, *_given("--run", run))
 
 
 @cli.command()
@@ -107,7 +109,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model id; default: the newest.")] = None,
 ) -> None:
     """Measure a candidate and let the gate decide; exit code 3 is HOLD."""
-    _job("ray_jobs.evaluate", recipe, overrides, *(("--model", model) if model else ()))
+    _job("ray_jobs.evaluate", recipe, overrides, *_given("--model", model))
 
 
 @cli.command()
@@ -115,16 +117,16 @@ def ship(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="Model id; default: the newest evaluated.")] = None,
-    actor: Actor = "cli",
+    actor: Actor = None,
 ) -> None:
     """Make a model with verdict SHIP the champion, without dropping a request."""
-    _job("ray_jobs.ship", recipe, overrides, "--actor", actor, *(("--model", model) if model else ()))
+    _job("ray_jobs.ship", recipe, overrides, *_given("--actor", actor), *_given("--model", model))
 
 
 @cli.command()
-def rollback(recipe: RecipePath, overrides: Overrides = [], actor: Actor = "cli") -> None:  # noqa: B006
+def rollback(recipe: RecipePath, overrides: Overrides = [], actor: Actor = None) -> None:  # noqa: B006
     """Put the previous champion back."""
-    _job("ray_jobs.ship", recipe, overrides, "--rollback", "--actor", actor)
+    _job("ray_jobs.ship", recipe, overrides, "--rollback", *_given("--actor", actor))
 
 
 @cli.command()
@@ -181,6 +183,10 @@ def _home() -> Home:
 def _job(module: str, recipe: Path, overrides: Sequence[str], *arguments: str) -> None:
     settings = [part for override in overrides for part in ("--set", override)]
     _run([sys.executable, "-m", module, str(recipe), *settings, *arguments])
+
+
+def _given(option: str, value: str | None) -> tuple[str, ...]:
+    return (option, value) if value else ()
 
 
 def _run(command: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ PrefloopError
 ├── LedgerError      the ledger refuses a write or cannot be read
 ├── ServiceError     a running service (gateway, Ray) is missing, refuses or answers wrongly
 ├── TrainingError    a run stopped: no usable pairs, a non-finite loss, a failed self-check
+│   └── WorkersLost  workers died more often than allowed; the run continues from its last checkpoint
 └── Interrupted      the user stopped the command; what was acknowledged is still there
 
 The command line prints the message without a traceback and leaves with ``exit_code``. A gate that holds is no error:
@@ -44,6 +45,10 @@ class ServiceError(PrefloopError):
 
 class TrainingError(PrefloopError):
     """A training run stopped."""
+
+
+class WorkersLost(TrainingError):  # noqa: N818
+    """Workers died more often than allowed; the run can continue."""
 
 
 class Interrupted(PrefloopError):  # noqa: N818

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import JSON, TypeDecorator
 
@@ -232,6 +232,20 @@ class AuditRow(Base):
     hash: Mapped[str] = mapped_column(unique=True)
 
 
+def ledger_name(url: str) -> str:
+    """Return the URL of a ledger without its password; raises LedgerError where it is no URL that a ledger can have."""
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        # The text may hold a password.
+        found = "no URL" if parsed is None else f"a URL of `{parsed.get_backend_name()}`"
+        msg = f"the ledger must be `sqlite:///PATH` or `postgresql://USER:PASSWORD@HOST/DATABASE`, found {found}\n\nHint: look at PREFLOOP_LEDGER."
+        raise LedgerError(msg)
+    return parsed.render_as_string(hide_password=True)
+
+
 class Ledger:
     """A connection to the ledger. Safe to use from several threads; open one for each process."""
 
@@ -243,8 +257,10 @@ class Ledger:
         """Open the ledger and bring its tables up to date.
 
         Raises:
-            LedgerError: the database cannot be reached, or was written by a newer prefloop.
+            LedgerError: the URL is none of SQLite or PostgreSQL, the database cannot be reached, or it was written by a
+                newer prefloop.
         """
+        name = ledger_name(url)
         parsed = sa.make_url(url)
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
@@ -252,7 +268,11 @@ class Ledger:
         if parsed.get_backend_name() == "sqlite":
             arguments["connect_args"] = {"timeout": 60}
             if parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    msg = f"the folder of the ledger `{name}` cannot be made: {error}"
+                    raise LedgerError(msg) from None
         engine = sa.create_engine(parsed, **arguments)
         if parsed.get_backend_name() == "sqlite":
             sa.event.listen(engine, "connect", _configure_sqlite)
@@ -260,7 +280,7 @@ class Ledger:
         try:
             _migrate(engine)
         except (OperationalError, DatabaseError) as error:
-            msg = f"the ledger at `{parsed.render_as_string(hide_password=True)}` cannot be opened: {error.orig}"
+            msg = f"the ledger at `{name}` cannot be opened: {error.orig}"
             raise LedgerError(msg) from None
         return cls(engine)
 

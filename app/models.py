@@ -78,7 +78,7 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
         sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, or a hub id.
 
     Raises:
-        ModelError: the folder has pickled weights, no chat template, or files that are not allowed.
+        ModelError: the folder has only pickled weights, no chat template, or cannot be read, loaded or rendered with.
     """
     _quiet_libraries()
     known = _known_source(ledger, sft)
@@ -93,7 +93,26 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
         else:
             source = _copy_checkpoint(sft, folder)
         check_folder(folder, place=sft)
+        # What cannot be loaded must not become a champion.
+        _, tokenizer = _load(folder, dtype="bfloat16", place=sft)
+        render_prompt(tokenizer, [Message("user", "Hello")], None)
         return register_folder(home, ledger, folder, name="sft", lineage=Lineage(kind="sft"), source=source)
+
+
+def check_descent(ledger: Ledger, model_id: str, sft: ModelRow, *, deployment: str) -> None:
+    """Refuse a champion that descends from another SFT checkpoint than the recipe names.
+
+    Raises:
+        ModelError: names both checkpoints.
+    """
+    with ledger.read() as session:
+        row = session.get_one(ModelRow, model_id)
+        while row.parent_id is not None:
+            row = session.get_one(ModelRow, row.parent_id)
+    found, wanted = row.manifest.get("source"), sft.manifest.get("source")
+    if row.model_id != sft.model_id and found != wanted:
+        msg = f"the champion `{model_id}` of deployment `{deployment}` descends from the SFT checkpoint `{found}`, and model.sft is `{wanted}`\n\nHint: give this model a deployment of its own with serving.deployment, or name the checkpoint that the champion comes from."
+        raise ModelError(msg)
 
 
 def save_model(
@@ -139,7 +158,7 @@ def register_folder(
                 "recipe": lineage.recipe,
                 "metrics": lineage.metrics,
                 "source": source,
-                "code_version": app.__version__,
+                "code_version": code_version(),
             }
         )
     manifest = artifact.manifest()
@@ -178,10 +197,7 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
     manifest = artifact.verify()
     with artifact.local_copy() as folder:
         check_folder(folder, place=artifact.uri)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-        )
+        model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
     model.train(mode=False)
     return LoadedModel(
         model_id=model_id,
@@ -232,13 +248,8 @@ def check_folder(folder: Path, *, place: str) -> None:
     Raises:
         ModelError: names the file or key and the remedy.
     """
-    names = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
-    if not any(p.suffix == ".safetensors" for p in names):
-        pickled = [p.name for p in names if p.suffix in _PICKLED_SUFFIXES]
-        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
-        msg = f"model folder `{place}` has {found}; only safetensors are loaded\n\nHint: load it where you trust it and call `save_pretrained`."
-        raise ModelError(msg)
-    for path in names:
+    _check_weights(folder, place=place)
+    for path in _files(folder):
         if path.suffix not in _ALLOWED_SUFFIXES:
             msg = f"model folder `{place}` holds `{path.name}`, which is not allowed in a model artifact (allowed: {', '.join(sorted(_ALLOWED_SUFFIXES))})"
             raise ModelError(msg)
@@ -246,15 +257,13 @@ def check_folder(folder: Path, *, place: str) -> None:
     if not config_path.exists():
         msg = f"model folder `{place}` has no config.json"
         raise ModelError(msg)
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = _json_of(config_path, place=place)
     forbidden = sorted(_FORBIDDEN_CONFIG_KEYS & config.keys())
     if forbidden:
         msg = f"config.json of `{place}` has `{forbidden[0]}`, by which loading could run code; prefloop never does"
         raise ModelError(msg)
     tokenizer_config = folder / "tokenizer_config.json"
-    in_config = tokenizer_config.exists() and json.loads(tokenizer_config.read_text(encoding="utf-8")).get(
-        "chat_template"
-    )
+    in_config = tokenizer_config.exists() and _json_of(tokenizer_config, place=place).get("chat_template")
     if not in_config and not (folder / "chat_template.jinja").exists():
         msg = f"model folder `{place}` has no chat template\n\nHint: save the tokenizer with `tokenizer.chat_template` set."
         raise ModelError(msg)
@@ -271,6 +280,53 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return app.__version__
     return f"{app.__version__}+{commit}"
+
+
+def _load(folder: Path, *, dtype: str, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
+        msg = f"model folder `{place}` cannot be loaded: {error}\n\nHint: weights, config and tokenizer must be whole and of one model; save it again with `save_pretrained`."
+        raise ModelError(msg) from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        # transformers would fill them with random numbers.
+        msg = f"the weights in model folder `{place}` lack {len(missing)} tensors of the model, the first is `{missing[0]}`\n\nHint: an adapter must be merged into its base first (`merge_and_unload`)."
+        raise ModelError(msg)
+    return model, tokenizer
+
+
+def _check_weights(folder: Path, *, place: str) -> None:
+    names = _files(folder)
+    if not any(p.suffix == ".safetensors" for p in names):
+        pickled = [p.name for p in names if p.suffix in _PICKLED_SUFFIXES]
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        msg = f"model folder `{place}` has {found}; only safetensors are loaded\n\nHint: load it where you trust it and call `save_pretrained`."
+        raise ModelError(msg)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _json_of(path: Path, *, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path.name} of model folder `{place}` is no JSON: {error}"
+        raise ModelError(msg) from None
+    if not isinstance(found, dict):
+        msg = f"{path.name} of model folder `{place}` must hold a mapping, found {type(found).__name__}"
+        raise ModelError(msg)
+    return found
 
 
 def _quiet_libraries() -> None:
@@ -327,8 +383,13 @@ def _convert_embedded(home: Home, folder: Path) -> None:
 
 def _copy_checkpoint(sft: str, folder: Path) -> str:
     if Path(sft).is_dir():
-        check_folder(Path(sft), place=sft)
-        shutil.copytree(sft, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
+        _check_weights(Path(sft), place=sft)
+        # A download from the hub brings a licence, hidden folders and often the weights in other formats.
+        for path in sorted(Path(sft).rglob("*")):
+            inside = path.relative_to(sft)
+            if path.suffix in _ALLOWED_SUFFIXES and not any(part.startswith(".") for part in inside.parts):
+                (folder / inside.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / inside)
         return str(Path(sft).resolve())
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
         msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, or a hub id such as `owner/name`."

@@ -69,13 +69,19 @@ def why_held(evaluation: EvaluationRow) -> str:
     return "; ".join(str(reason) for reason in reasons) or "its report gives no reason"
 
 
+def _continued(run: RunRow, recipe: str) -> str:
+    """Name the command that continues a run: the round that it belongs to, or the run itself."""
+    in_a_round = run.run_id.endswith("-train") and "-loop-" in run.run_id
+    return f"`prefloop loop {recipe}`" if in_a_round else f"`prefloop train {recipe} --run {run.run_id}`"
+
+
 def _open_round(state: Loop, run: RunRow, recipe: str, at: datetime) -> Advice | None:
     if run.status == "running":
         if at - run.updated_at > _STALE:
             return Advice(
                 "train",
                 f"Run {run.run_id} says that it is running, but reported nothing since {age(run.updated_at, at)}.",
-                f"Look at its job; `prefloop train {recipe}` continues it from its last checkpoint.",
+                f"Look at its job; {_continued(run, recipe)} continues it from its last checkpoint.",
                 "runs.py",
             )
         total = run.metrics.get("total_steps")
@@ -88,7 +94,7 @@ def _open_round(state: Loop, run: RunRow, recipe: str, at: datetime) -> Advice |
         return Advice(
             "train",
             f"Run {run.run_id} {run.status}: {why}",
-            f"Fix the cause, then run `prefloop train {recipe}` again.",
+            f"Fix the cause; {_continued(run, recipe)} continues it from its last checkpoint.",
             "runs.py",
         )
     if state.candidate is None:

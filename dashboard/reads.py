@@ -332,8 +332,8 @@ def manifest_dropped(row: SnapshotRow) -> dict[str, int]:
 
 
 def trainable_pairs(row: SnapshotRow) -> int:
-    """Return how many pairs of a snapshot count towards the least number that trains; unpaired rows do not."""
-    return int(row.manifest.get("counts", {}).get("by_kind", {}).get("pair", 0))
+    """Return how many pairs count towards the least number that trains: neither unpaired rows nor held-out pairs do."""
+    return int(row.manifest.get("counts", {}).get("pairs_by_split", {}).get("train", 0))
 
 
 def manifest_funnel(row: SnapshotRow) -> list[tuple[str, int]]:

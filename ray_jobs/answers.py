@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
+from app.errors import PrefloopError
 from app.evaluation.perplexity import WINDOW, perplexity
 from app.evaluation.prompts import Prompt
 from app.evaluation.suites import ANSWER_SCHEMA, Answer
-from app.generation import GenerationRequest, generate
+from app.generation import Completion, GenerationRequest, context_window, generate
 from app.ledger import ModelRow
 from app.models import load_model, render_prompt
-from app.schemas import Message, content_hash
+from app.schemas import FinishReason, Message, content_hash
 from app.storage import Artifact, Home
 
 _ROWS_PER_FILE = 4096
@@ -73,22 +75,23 @@ class ModelActor:
             self._loaded.model.to("cuda")  # type: ignore[arg-type]
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
-        """Answer prompts greedily."""
-        requests = [
-            GenerationRequest(
-                prompt_ids=tuple(render_prompt(self._loaded.tokenizer, [Message("user", prompt.text)], None)),
-                temperature=0.0,
-                top_p=1.0,
-                max_tokens=decoding.max_new_tokens,
-                seed=0,
-            )
-            for prompt in prompts
-        ]
-        completions = generate(self._loaded, requests, places=decoding.batch_size)
-        return [
-            Answer(p.id, p.cluster, c.text, str(c.finish_reason), len(c.token_ids), self._loaded.model_id)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
+        """Answer prompts greedily; one that fills the model's context gets an empty answer that was cut."""
+        window = context_window(self._loaded.model)
+        requests: dict[str, GenerationRequest] = {}
+        for prompt in prompts:
+            ids = tuple(render_prompt(self._loaded.tokenizer, [Message("user", prompt.text)], None))
+            room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))
+            if room > 0:
+                requests[prompt.id] = GenerationRequest(ids, temperature=0.0, top_p=1.0, max_tokens=room, seed=0)
+        completions = generate(self._loaded, list(requests.values()), places=decoding.batch_size)
+        given = dict(zip(requests, completions, strict=True))
+        return [self._answer(prompt, given.get(prompt.id)) for prompt in prompts]
+
+    def _answer(self, prompt: Prompt, completion: Completion | None) -> Answer:
+        if completion is None:
+            return Answer(prompt.id, prompt.cluster, "", FinishReason.LENGTH, 0, self._loaded.model_id)
+        reason, tokens = str(completion.finish_reason), len(completion.token_ids)
+        return Answer(prompt.id, prompt.cluster, completion.text, reason, tokens, self._loaded.model_id)
 
     def perplexity(self, text: str) -> float:
         """Return the perplexity on a text."""
@@ -120,9 +123,19 @@ def gather(
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
         work = running.pop(ready)
-        done, total = work.take(ready, ray.get(ready))
+        done, total = work.take(ready, _result(ready))
         on_progress(work.wanted.model.model_id, done, total)
     return [work.given() for work in works]
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, PrefloopError):
+            # Ray's own text of it is a trace.
+            raise error.cause from None
+        raise
 
 
 class _Work:

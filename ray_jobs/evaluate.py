@@ -38,7 +38,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class _Material:
+class Material:
     """What the recipe names to measure on, read before any model is loaded."""
 
     prompts: tuple[Prompt, ...]
@@ -62,7 +62,7 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
         RecipeError: the recipe has no section `evaluate`.
     """
     section = recipe.evaluation()
-    material = _read(section)
+    material = read_material(section)
     candidate = _model(ledger, model_id)
     sft = ensure_sft(home, ledger, recipe.model.sft)
     shipped = ledger.champion(recipe.serving.deployment)
@@ -73,7 +73,7 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     with ledger.read() as session:
         known = session.get(EvaluationRow, identity)
     if known is not None:
-        return known
+        return _asked_again(ledger, identity)
     given = _answers(home, recipe, material, decoding, candidate, champion, sft)
     measurements = _measure(
         given[candidate.model_id], given[champion.model_id], given[sft.model_id], material, section, accuracy
@@ -92,7 +92,8 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     return _store(home, ledger, report, candidate, run_id, {name: g.artifacts for name, g in given.items()})
 
 
-def _read(section: EvaluateSection) -> _Material:
+def read_material(section: EvaluateSection) -> Material:
+    """Read everything that an evaluation needs beside models; raises DataError where something cannot be read."""
     neutral = None
     if section.neutral_text is not None:
         try:
@@ -101,7 +102,7 @@ def _read(section: EvaluateSection) -> _Material:
         except (OSError, UnicodeDecodeError) as error:
             msg = f"neutral text `{section.neutral_text}` cannot be read: {error}"
             raise DataError(msg) from None
-    return _Material(
+    return Material(
         prompts=load_prompts(section.prompts).prompts[: section.max_prompts],
         style=load_style(section.judge_rules),
         golden=() if section.golden is None else tuple(suites.load_golden(section.golden)),
@@ -140,7 +141,7 @@ def _identity(
     candidate: ModelRow,
     champion: ModelRow,
     sft: ModelRow,
-    material: _Material,
+    material: Material,
     section: EvaluateSection,
     decoding: Decoding,
     accuracy: Estimate | None,
@@ -162,7 +163,7 @@ def _identity(
 def _answers(
     home: Home,
     recipe: Recipe,
-    material: _Material,
+    material: Material,
     decoding: Decoding,
     candidate: ModelRow,
     champion: ModelRow,
@@ -200,7 +201,7 @@ def _measure(
     candidate: Given,
     champion: Given,
     sft: Given,
-    material: _Material,
+    material: Material,
     section: EvaluateSection,
     accuracy: Estimate | None,
 ) -> Measurements:
@@ -269,6 +270,14 @@ def _store(
     with ledger.write() as session:
         session.add(row)
     Console().print(report.as_card())
+    return row
+
+
+def _asked_again(ledger: Ledger, evaluation_id: str) -> EvaluationRow:
+    """Make a stored verdict the newest: ship follows the evaluation that was asked for last."""
+    with ledger.write() as session:
+        row = session.get_one(EvaluationRow, evaluation_id)
+        row.created_at = now()
     return row
 
 

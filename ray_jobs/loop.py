@@ -3,7 +3,8 @@
     python -m ray_jobs.loop RECIPE.yaml [--set a.b=c]
 
 With a section `collect` in the recipe a *simulated* audience first talks to the running service, and simulated traffic
-runs across the switch to a new champion; without it the loop takes what real users left in the ledger. What a finished
+runs across the switch to a new champion; without it the loop takes what real users left in the ledger, or the pair
+snapshot that the recipe names. What a finished
 stage made is kept in the run's row, so the same recipe again continues an unfinished run, or begins the next round.
 Exit code 3: the gate holds.
 """
@@ -27,14 +28,17 @@ from rich.console import Console
 from app.config import Recipe
 from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
-from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, ServiceError, TrainingError
+from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, RecipeError, ServiceError, TrainingError, WorkersLost
+from app.evaluation.prompts import load_prompts
+from app.evaluation.rules import load_style
 from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import code_version, ensure_sft
+from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
-from ray_jobs.evaluate import evaluate
+from ray_jobs.evaluate import evaluate, read_material
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
@@ -100,6 +104,11 @@ class LoopRun:
         self._update(metrics={**metrics, "stages": {**metrics["stages"], name: made}, "seconds": seconds})
         return made
 
+    def forget(self, name: str) -> None:
+        """Let the next attempt run a stage again."""
+        metrics = self.metrics
+        self._update(metrics={**metrics, "stages": {n: made for n, made in metrics["stages"].items() if n != name}})
+
     def end(self, status: str, *, error: str | None = None, output_model_id: str | None = None) -> None:
         """Close the round."""
         self._update(status=status, error=error, output_model_id=output_model_id)
@@ -134,6 +143,7 @@ def _alone(home: Home, name: str) -> Iterator[None]:
 
 def _run_round(session: Session, console: Console) -> int:
     ledger, recipe = session.ledger, session.recipe
+    _read_inputs(recipe)
     run = LoopRun.open(ledger, recipe)
     console.print(f"round [bold]{run.run_id}[/bold], home {session.home.uri}", highlight=False)
     try:
@@ -141,14 +151,33 @@ def _run_round(session: Session, console: Console) -> int:
     except KeyboardInterrupt:
         run.end("stopped", error="interrupted")
         raise
-    except (DataError, TrainingError) as error:
-        # The same data would fail again: the next call begins a new round.
-        run.end("failed", error=str(error))
-        raise
     except PrefloopError as error:
-        run.end("stopped", error=str(error))
+        # The same data would fail again, so the next call begins a new round; but no training is ever thrown away.
+        hopeless = isinstance(error, DataError | TrainingError) and not isinstance(error, WorkersLost)
+        run.end("failed" if hopeless and "train" not in run.metrics["stages"] else "stopped", error=str(error))
         raise
+    failed = run.metrics["stages"].get("ship", {}).get("failed_requests", 0)
+    if failed:
+        msg = f"round `{run.run_id}` shipped, but {failed} simulated requests failed or were cut while the champion changed"
+        raise ServiceError(msg)
     return 0 if verdict == "SHIP" else HOLD_EXIT_CODE
+
+
+def _read_inputs(recipe: Recipe) -> None:
+    """Read what later stages will read, so that a typo costs a second and no training.
+
+    Raises:
+        DataError: something cannot be read.
+        RecipeError: the recipe collects feedback and names a snapshot that would be used in its place.
+    """
+    if recipe.collect is not None and recipe.snapshot is not None:
+        msg = f"snapshot = `{recipe.snapshot}` would be used in place of the feedback that the section `collect` gathers\n\nHint: leave one of them out."
+        raise RecipeError(msg)
+    read_material(recipe.evaluation())
+    if recipe.collect is not None:
+        load_prompts(recipe.collect.prompts)
+        if recipe.collect.audience == "style":
+            load_style(recipe.collect.style)
 
 
 def _stages(session: Session, run: LoopRun, console: Console) -> str:
@@ -172,7 +201,7 @@ def _stages(session: Session, run: LoopRun, console: Console) -> str:
         judged = run.stage("evaluate", lambda: _judged(home, ledger, recipe, trained))
     _say(console, "evaluate", judged["verdict"])
     if judged["verdict"] == "SHIP":
-        run.stage("ship", lambda: _shipped(session, trained["model"], console))
+        run.stage("ship", lambda: _shipped(session, run, trained["model"], console))
         run.end("succeeded", output_model_id=trained["model"])
     else:
         run.end("held", output_model_id=trained["model"])
@@ -196,7 +225,11 @@ def _collect(session: Session, run: LoopRun, console: Console) -> dict[str, Any]
 
 
 def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
-    row = build_pairs(home, ledger, recipe)
+    row = (
+        build_pairs(home, ledger, recipe)
+        if recipe.snapshot is None
+        else resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
+    )
     return {
         "snapshot": row.snapshot_id,
         "pairs": row.manifest["counts"]["by_kind"].get("pair", 0),
@@ -225,18 +258,18 @@ def _judged(home: Home, ledger: Ledger, recipe: Recipe, trained: dict[str, Any])
     return {"evaluation": row.evaluation_id, "verdict": row.verdict}
 
 
-def _shipped(session: Session, model_id: str, console: Console) -> dict[str, Any]:
+def _shipped(session: Session, run: LoopRun, model_id: str, console: Console) -> dict[str, Any]:
     home, recipe = session.home, session.recipe
     services = Services.read(home)
     if recipe.collect is None or services is None or not recipe.collect.switch_requests:
-        _ship(session, model_id)
+        _ship(session, run, model_id)
         return {"requests_during_switch": 0, "failed_requests": 0}
     console.print("ship: the champion changes under simulated load", highlight=False)
     traffic = Traffic(services.gateway_url, home.api_key(), recipe.collect)
     with traffic:
         traffic.wait_for_answers()
-        _ship(session, model_id)
-        traffic.mark_switch()
+        _ship(session, run, model_id)
+        traffic.mark_switch(to=model_id)
         traffic.wait_for_answers(from_model=model_id)
     report = traffic.report()
     if report["failed_requests"]:
@@ -244,10 +277,12 @@ def _shipped(session: Session, model_id: str, console: Console) -> dict[str, Any
     return report
 
 
-def _ship(session: Session, model_id: str) -> None:
+def _ship(session: Session, run: LoopRun, model_id: str) -> None:
     result = ship(session.home, session.ledger, session.recipe, model_id, "loop")
     if not result.shipped:
-        raise ServiceError(result.reason)
+        # The champion changed meanwhile, or another verdict came: the next attempt evaluates anew.
+        run.forget("evaluate")
+        raise ServiceError(f"{result.reason}\n\nHint: the same command evaluates again and goes on from there.")
 
 
 def _served(session: Session, console: Console) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from app.config import Recipe
 from app.errors import DataError
 from app.ledger import Ledger, ModelRow, SnapshotRow
-from app.models import ensure_sft, load_model
+from app.models import check_descent, ensure_sft, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
@@ -47,11 +47,16 @@ _SCORE_BATCH = 64
 
 
 def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
-    """Return the model that `champion` or `sft` stands for; before the first ship the champion is the SFT model."""
+    """Return the model that `champion` or `sft` stands for; before the first ship the champion is the SFT model.
+
+    Raises:
+        ModelError: the SFT checkpoint cannot be loaded, or the champion descends from another one.
+    """
     sft = ensure_sft(home, ledger, recipe.model.sft)
     champion = ledger.champion(recipe.serving.deployment)
     if which == "sft" or champion is None:
         return sft
+    check_descent(ledger, champion.model_id, sft, deployment=recipe.serving.deployment)
     with ledger.read() as session:
         row = session.get(ModelRow, champion.model_id)
     assert row is not None  # noqa: S101  a foreign key

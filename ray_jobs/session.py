@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def ray_cluster(home: Home) -> Any:
         "runtime_env": {"env_vars": environment},
     }
     address = _running_cluster(home)
+    terminated = signal.getsignal(signal.SIGTERM)
     if address is None:
         ensure_ray_token()
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
@@ -106,6 +108,9 @@ def ray_cluster(home: Home) -> Any:
         except (ConnectionError, RuntimeError) as error:
             msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
             raise ServiceError(msg) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray takes SIGTERM for itself, leaves without unwinding and prints a stack of its C++ code.
+        signal.signal(signal.SIGTERM, terminated)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -93,6 +93,15 @@ def ship(
             model.model_id,
             f"the evaluation {evaluation.evaluation_id} compared `{model.model_id}` with `{evaluation.champion_id}`, but the champion is `{before.model_id}` now; run `evaluate` again",
         )
+    if before is None:
+        # So that there is something to go back to.
+        before = ledger.set_champion(
+            deployment,
+            evaluation.sft_id,
+            expected_revision=0,
+            actor=actor,
+            reason="the SFT model is the first champion",
+        )
     reason = f"evaluation {evaluation.evaluation_id} says SHIP"
     return _move(home, ledger, before, model, deployment=deployment, actor=actor, reason=reason, timeout_s=timeout_s)
 

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe, TrainSection
-from app.errors import DataError, ModelError, TrainingError
+from app.errors import DataError, ModelError, PrefloopError, TrainingError, WorkersLost
 from app.evaluation.learning import Learning, judge_learning
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
@@ -106,8 +106,9 @@ def train(
 
     Raises:
         DataError: the snapshot does not fit the recipe or has too few pairs.
-        TrainingError: workers failed more often than `workers.max_failures`, or one refused to go on (another
-            reference, packing that is not exact, a loss that is not finite), which is not tried again.
+        WorkersLost: workers failed more often than `workers.max_failures`; the same run id continues.
+        TrainingError: a worker refused to go on (another reference, packing that is not exact, a loss that is not
+            finite), which is not tried again.
         ModelError: a worker cannot load, pack or adapt the model; not tried again either.
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
@@ -139,7 +140,10 @@ def train(
         cause = _cause(error)
         _record_end(ledger, run_id, status="failed", error=cause)
         msg = f"run `{run_id}` failed: {cause}\n\nHint: the same run id continues from its last checkpoint."
-        raise TrainingError(msg) from error
+        raise WorkersLost(msg) from error
+    except PrefloopError as error:
+        _record_end(ledger, run_id, status="failed", error=str(error))
+        raise
     except KeyboardInterrupt:
         _record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
@@ -352,8 +356,9 @@ def _cause(error: TrainingFailedError) -> str:
     causes = sorted(map(str, failures.values()), key=lambda text: "died" not in text) or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
     died = [line for line in lines if "died" in line]
-    named = died[:1] or [line for line in lines if "Error" in line][-1:] or lines[:1]
-    return named[0] if named else "unknown"
+    # "Training failed due to controller error:" says nothing without the line that follows.
+    named = died[:1] or [line for line in lines if "Error" in line][-1:] or lines[: 2 if lines[0].endswith(":") else 1]
+    return " ".join(named) or "unknown"
 
 
 def print_learning(console: Console, learning: Learning | None) -> None:
@@ -380,6 +385,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
             print_summary(console, row)
             snapshot_id = row.snapshot_id
         run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
+        console.print(f"run [bold]{run_id}[/bold]; interrupted, it continues with --run {run_id}", highlight=False)
         result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
     print_learning(console, result.learning)
     console.print(

@@ -15,7 +15,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from app.config import ServingSection
-from app.ledger import Ledger
+from app.errors import ServiceError
+from app.ledger import Ledger, ledger_name
 from app.services import REPLICA
 from app.storage import Home
 from serving.gateway import Limits, create_app
@@ -34,6 +35,8 @@ class ServiceArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     home: str
+    ledger: str
+    """Name of the ledger of whoever deploys; see `app.ledger.ledger_name`."""
     serving: ServingSection
 
 
@@ -47,6 +50,11 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         """Build the application; Serve calls it once in each gateway process."""
         home, section = Home.at(self._args.home), self._args.serving
+        name = ledger_name(home.ledger_url)
+        if name != self._args.ledger:
+            # What is acknowledged would never be trained on.
+            msg = f"the gateway would write to the ledger `{name}`, the jobs read `{self._args.ledger}`\n\nHint: set PREFLOOP_LEDGER to the same URL where the Ray cluster is started."
+            raise ServiceError(msg)
         return create_app(
             ReplicaSet(self._replicas),
             Recorder(Ledger.open(home.ledger_url)),

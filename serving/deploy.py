@@ -25,7 +25,7 @@ import psutil
 
 from app.config import Recipe, ServingSection, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
-from app.ledger import ChampionRow, Ledger
+from app.ledger import ChampionRow, Ledger, ledger_name
 from app.services import (
     APPLICATION,
     REPLICA,
@@ -102,14 +102,19 @@ def stop(home: Home, services: Services) -> None:
 
 
 def first_champion(home: Home, ledger: Ledger, recipe: Recipe) -> ChampionRow:
-    """Return the champion of the deployment; before the first ship it is the SFT checkpoint."""
+    """Return the champion of the deployment; before the first ship it is the SFT checkpoint.
+
+    Raises:
+        ModelError: the SFT checkpoint cannot be loaded, or the champion descends from another one.
+    """
+    from app.models import check_descent, ensure_sft
+
     deployment = recipe.serving.deployment
     champion = ledger.champion(deployment)
-    if champion is not None:
-        return champion
-    from app.models import ensure_sft
-
     sft = ensure_sft(home, ledger, recipe.model.sft)
+    if champion is not None:
+        check_descent(ledger, champion.model_id, sft, deployment=deployment)
+        return champion
     return ledger.set_champion(
         deployment, sft.model_id, expected_revision=0, actor="serve", reason="the SFT checkpoint is the first champion"
     )
@@ -213,7 +218,11 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serving.application:build",
-        "args": {"home": home.uri, "serving": section.model_dump(mode="json")},
+        "args": {
+            "home": home.uri,
+            "ledger": ledger_name(home.ledger_url),
+            "serving": section.model_dump(mode="json"),
+        },
         "runtime_env": code | {"env_vars": {HOME_VARIABLE: home.uri}},
         "deployments": [
             {"name": REPLICA, "user_config": {"model_id": champion.model_id, "revision": champion.revision}}

@@ -21,6 +21,7 @@ from rich.console import Console
 from app.config import Recipe, load_recipe
 from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
 from app.evaluation.prompts import Prompt, PromptSplit, load_prompts, split_prompts
+from app.evaluation.rules import load_style
 from app.ledger import EvaluationRow, FeedbackRow, Ledger, RunRow
 from app.schemas import content_hash
 from app.services import Services
@@ -67,15 +68,23 @@ def run_demo(
         # Also one that an earlier demo left when it was killed; never one that a user started.
         if services is not None and services.started_by == "loop":
             _child([sys.executable, "-m", "serving.deploy", "--stop"], home)
-    if code not in (0, HOLD_EXIT_CODE):
+    ledger = Ledger.open(home.ledger_url)
+    if code not in (0, HOLD_EXIT_CODE) and not _ended_since(ledger, loaded.name, began):
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
         return code
-    ledger = Ledger.open(home.ledger_url)
     report = make_report(ledger, loaded.name, seconds=time.time() - began)
     path = home.local("demo", REPORT)
     write_atomically(home.filesystem, str(path), json.dumps(report, indent=1).encode())
     print_closing(console, report, path, recipe)
     return code
+
+
+def _ended_since(ledger: Ledger, recipe_name: str, began: float) -> bool:
+    """Whether a round came to its end, although with an error: it shipped, and requests failed meanwhile."""
+    with ledger.read() as session:
+        newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
+        run = next((row for row in session.scalars(newest) if row.recipe["name"] == recipe_name), None)
+    return run is not None and run.status == "succeeded" and run.updated_at.timestamp() >= began
 
 
 def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str, Any]:
@@ -161,6 +170,7 @@ def print_closing(console: Console, report: Mapping[str, Any], path: Path, recip
 def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recipe) -> list[str]:
     settings = []
     if style is not None:
+        load_style(str(style))
         settings += [
             f"collect.style={json.dumps(str(style.resolve()))}",
             f"evaluate.judge_rules={json.dumps(str(style.resolve()))}",
@@ -175,8 +185,8 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
             settings.append(f"{name}.prompts={json.dumps(str(path))}")
         room = min(_OUTSIDE_LIMIT, recipe.serving.max_tokens)
         settings += [
-            f"collect.max_tokens={max(room, recipe.collect.max_tokens)}",
-            f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens)}",
+            f"collect.max_tokens={max(room, recipe.collect.max_tokens if recipe.collect else 0)}",
+            f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
         ]
     return settings
 

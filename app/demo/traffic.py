@@ -29,7 +29,8 @@ class _Record:
     requests: int = 0
     failures: list[str] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)
-    streams: list[tuple[float, float]] = field(default_factory=list)
+    streams: list[tuple[float, float, str]] = field(default_factory=list)
+    """Beginning, end and model of each."""
 
 
 class Traffic:
@@ -44,7 +45,7 @@ class Traffic:
         self._record = _Record()
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._switched: float | None = None
+        self._switched: tuple[float, str] | None = None
         self._threads = [threading.Thread(target=self._ask_on, daemon=True) for _ in range(_CLIENTS)]
         self._threads += [threading.Thread(target=self._stream_on, daemon=True) for _ in range(_STREAMS)]
 
@@ -81,21 +82,21 @@ class Traffic:
             msg = f"after {_WAIT_S:.0f} s only {self._record.requests} simulated requests were answered (by {self._record.models}; failures: {self._record.failures[:3]})"
         raise ServiceError(msg)
 
-    def mark_switch(self) -> None:
-        """Note that the new champion serves from now on: streams that are open now cross the switch."""
-        self._switched = time.monotonic()
+    def mark_switch(self, *, to: str) -> None:
+        """Note that the new champion serves from now on: the old one's streams that are open now cross the switch."""
+        self._switched = (time.monotonic(), to)
 
     def report(self) -> dict[str, Any]:
         """Return what was counted."""
         record = self._record
-        switched = self._switched or 0.0
+        at, new = self._switched or (0.0, "")
         return {
             "requests_during_switch": record.requests,
             "failed_requests": len(record.failures),
             "failures": record.failures[:5],
             "models_seen": record.models,
             "streams": len(record.streams),
-            "streams_across_switch": sum(began < switched < ended for began, ended in record.streams),
+            "streams_across_switch": sum(began < at < ended and model != new for began, ended, model in record.streams),
         }
 
     def _ask_on(self) -> None:
@@ -128,7 +129,7 @@ class Traffic:
                     self._count(failure="a stream was cut")
                     continue
                 with self._lock:
-                    self._record.streams.append((began, time.monotonic()))
+                    self._record.streams.append((began, time.monotonic(), model))
                 self._count(model=model)
 
     def _body(self, max_tokens: int) -> dict[str, Any]:

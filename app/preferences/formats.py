@@ -2,7 +2,8 @@ r"""Files of preference or instruction data become candidates; what cannot be re
 
 Parquet, JSONL and JSON, each also gzipped, told apart by content. Shapes, told apart row by row:
 
-    prompt, chosen, rejected                    strings or messages; without `prompt` it is the common beginning
+    prompt, chosen, rejected                    strings or messages; without `prompt` it is the common beginning, of
+                                                strings to the last white space in it
     chosen, rejected                            HH-RLHF transcripts: "\n\nHuman: … \n\nAssistant: …"
     input, preferred_output, non_preferred_output   OpenAI, Azure, Together, Fireworks
     conversations, chosen, rejected             ShareGPT: {from, value}
@@ -16,6 +17,7 @@ This module does not know duplicates, splits or snapshots, and fetches nothing.
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -276,6 +278,8 @@ def _candidate(row: _Row) -> Candidate | Rejection:
         if not isinstance(row.value, dict):
             raise _Rejected("wrong_type", f"a row must be a mapping of fields, found {type(row.value).__name__}")
         fields = {name: row.value[name] for name in _FIELDS if name in row.value}
+        if not fields:
+            raise _Rejected("unknown_shape", f"no known shape has the fields {', '.join(row.value) or '(none)'}")
         for name, value in fields.items():
             _check_text(name, value, is_utf8=row.is_utf8)
         return Candidate(_pair(fields), row.place)
@@ -325,11 +329,26 @@ def _pair(row: dict[str, Any]) -> Pair:
         )
     tools = _tools(row.get("tools"), "tools")
     if shape == "pair":
+        row = _with_implicit_prompt(row)
         prompt = _context(row)
         return _preference(prompt, _answers(row, "chosen"), _answers(row, "rejected"), tools)
     if shape == "answer":
         return _labelled(row, tools)
     raise _Rejected("unknown_shape", f"no known shape has the fields {', '.join(sorted(row)) or 'of this row'}")
+
+
+def _with_implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """Take the common beginning of two strings for their prompt, where the row gives none and they are no transcripts."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    given = any(row.get(name) is not None for name in ("prompt", "messages", "conversations", "instruction"))
+    if given or not all(isinstance(side, str) and _transcript(side) is None for side in sides):
+        return row
+    chosen, rejected = map(str, sides)
+    shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    end = max((i + 1 for i, c in enumerate(chosen[:shared]) if c.isspace()), default=0)
+    if not chosen[:end].strip():
+        return row
+    return {**row, "prompt": chosen[:end].rstrip(), "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
 def _labelled(row: dict[str, Any], tools: str | None) -> Pair:

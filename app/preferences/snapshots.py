@@ -80,6 +80,7 @@ def write_pair_snapshot(
             "by_source": _counted(row["source"] for row in rows if row["label"] is None),
             "by_label": _counted(str(row["label"]).lower() for row in rows if row["label"] is not None),
             "by_split": _counted(row["split"] for row in rows),
+            "pairs_by_split": _counted(row["split"] for row in rows if row["label"] is None),
             "clusters": len({row["cluster"] for row in rows}),
             "dropped": reasons,
         },

@@ -73,7 +73,7 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
         service.flows.clear()
         assert all(service.held.acquire(timeout=30) for _ in range(2)), "two streams are open"
         service.model = "new"
-        traffic.mark_switch()
+        traffic.mark_switch(to="new")
         service.flows.set()
         traffic.wait_for_answers(from_model="new")
     report = traffic.report()

@@ -46,6 +46,7 @@ SHAPES = {
     },
     "one message a side": {"prompt": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": "No."}},
     "implicit prompt": {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "No."}]},
+    "implicit prompt of strings": {"chosen": "Why? Because.", "rejected": "Why? No."},
     "prompt repeated in the answers": {
         "prompt": "Why?",
         "chosen": [USER, ANSWER],
@@ -206,7 +207,8 @@ BAD = [
     (b'{"prompt": "x", "chosen": "\xff\xfe", "rejected": "b"}\n', "not_utf8", "`chosen` is not UTF-8"),
     (b'{"prompt": "x", "chosen": \n', "unreadable_line", "no JSON"),
     (["a", "b"], "wrong_type", "a row must be a mapping of fields, found list"),
-    ({"question": "x", "answer": "y"}, "unknown_shape", "no known shape"),
+    ({"question": "x", "answer": "y"}, "unknown_shape", "no known shape has the fields question, answer"),
+    ({"chosen": "blue", "rejected": "black"}, "no_prompt", "share no beginning"),
     ({"messages": [USER, ANSWER], "label": "yes"}, "wrong_type", "`label` must be true or false, found 'yes'"),
     ({"messages": [USER, ANSWER], "label": 1}, "wrong_type", "`label` must be true or false, found 1"),
     ({"messages": [USER], "label": True}, "wrong_role_order", "must end with an answer"),

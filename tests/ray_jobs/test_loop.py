@@ -1,11 +1,20 @@
-"""A round of the loop remembers what its stages made."""
+"""A round of the loop remembers what its stages made, and throws no training away."""
+
+import io
+import json
 
 import pytest
 import sqlalchemy as sa
+from rich.console import Console
 
 from app.config import parse_recipe
+from app.errors import DataError, RecipeError, ServiceError, TrainingError, WorkersLost
 from app.ledger import RunRow
-from ray_jobs.loop import LoopRun
+from app.preferences.imports import import_files
+from ray_jobs import loop
+from ray_jobs.loop import LoopRun, run_loop
+from ray_jobs.session import Session
+from ray_jobs.ship import ShipResult
 
 
 def recipe(**changes):
@@ -51,3 +60,111 @@ def test_another_recipe_abandons_an_interrupted_round(ledger):
     assert status_of(ledger, run) == "abandoned"
     with ledger.read() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(RunRow)) == 2
+
+
+@pytest.fixture
+def session(home, ledger, tmp_path):
+    """A session whose recipe names readable prompts and rules."""
+    (tmp_path / "style.json").write_text(
+        json.dumps({"name": "s", "rules": [{"name": "r", "pattern": "x", "weight": 1}], "edits": []})
+    )
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Why?"}))
+
+    def made(**changes):
+        material = {"prompts": str(tmp_path / "prompts.jsonl"), "judge_rules": str(tmp_path / "style.json")}
+        return Session(home, ledger, recipe(**{"evaluate": material, **changes}), "recipe.yaml", ())
+
+    return made
+
+
+def rounds(ledger):
+    with ledger.read() as found:
+        return [row.status for row in found.scalars(sa.select(RunRow).where(RunRow.kind == "loop"))]
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def raises(error):
+    def body(*_, **__):
+        raise error
+
+    return body
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The stages of a round, each replaced by what it returns."""
+    monkeypatch.setattr(loop, "ray_cluster", lambda _: io.StringIO())
+    monkeypatch.setattr(loop, "_made_pairs", lambda *_: {"pairs": 1, "by_source": {}, "snapshot": "p"})
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: type("Row", (), {"snapshot_id": "t"}))
+    monkeypatch.setattr(loop, "_trained", lambda *_: {"steps": 1, "model": "m", "run": "r"})
+    monkeypatch.setattr(loop, "_judged", lambda *_: {"evaluation": "e", "verdict": "SHIP"})
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate": {"prompts": "/nowhere", "judge_rules": "/nowhere"}}, "/nowhere"),
+        ({"collect": {"style": "/nowhere", "prompts": "/nowhere"}}, "/nowhere"),
+    ],
+)
+def test_a_file_that_only_a_late_stage_reads_is_missed_before_the_round_begins(session, ledger, changes, words):
+    with pytest.raises(DataError, match=words):
+        run_loop(session(**changes), quiet())
+    assert rounds(ledger) == []
+
+
+def test_a_snapshot_that_collected_feedback_would_not_be_used_with_is_refused(session):
+    with pytest.raises(RecipeError, match="leave one of them out"):
+        run_loop(session(collect={"style": "s", "prompts": "p"}, snapshot="mine"), quiet())
+
+
+def test_the_loop_takes_the_snapshot_that_the_recipe_names(session, home, ledger, tmp_path, stages):
+    stages.undo()
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b"}) + "\n" for i in range(9)))
+    given = session(snapshot="mine")
+    row, _ = import_files(home, ledger, [file], name="mine", section=given.recipe.pairs)
+    assert loop._made_pairs(home, ledger, given.recipe)["snapshot"] == row.snapshot_id
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "status"),
+    [
+        ("_trained", DataError("x"), "failed"),
+        ("_trained", TrainingError("x"), "failed"),
+        ("_trained", WorkersLost("x"), "stopped"),
+        ("_judged", DataError("x"), "stopped"),
+        ("_judged", ServiceError("x"), "stopped"),
+    ],
+)
+def test_a_round_that_another_attempt_may_save_is_continued(session, ledger, stages, stage, error, status):
+    stages.setattr(loop, stage, raises(error))
+    with pytest.raises(type(error)):
+        run_loop(session(), quiet())
+    assert rounds(ledger) == [status]
+
+
+def test_a_verdict_that_the_champion_has_outdated_is_reached_again_at_the_next_attempt(session, ledger, stages):
+    verdicts: list[str] = []
+    stages.setattr(loop, "_judged", lambda *_: verdicts.append("asked") or {"evaluation": "e", "verdict": "SHIP"})
+    answers = [
+        ShipResult(False, "m", "old", 3, False, "the champion is another now"),
+        ShipResult(True, "m", "b", 4, True, ""),
+    ]
+    stages.setattr(loop, "ship", lambda *_: answers.pop(0))
+    with pytest.raises(ServiceError, match="evaluates again"):
+        run_loop(session(), quiet())
+    assert run_loop(session(), quiet()) == 0
+    assert len(verdicts) == 2
+    assert rounds(ledger) == ["succeeded"]
+
+
+def test_requests_that_failed_while_the_champion_changed_are_an_error_of_a_round_that_shipped(session, ledger, stages):
+    stages.setattr(loop, "_shipped", lambda *_: {"requests_during_switch": 100, "failed_requests": 2})
+    with pytest.raises(ServiceError, match="2 simulated requests failed"):
+        run_loop(session(), quiet())
+    assert rounds(ledger) == ["succeeded"]

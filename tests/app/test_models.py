@@ -1,0 +1,114 @@
+"""SFT checkpoints: what is brought in can be loaded; what cannot is refused with one clear message."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.errors import ModelError
+from app.ledger import ModelRow
+from app.models import Lineage, check_descent, ensure_sft, load_model, register_folder
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "checkpoint")
+
+
+def break_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def keep_half_of_the_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickle_the_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def change_json(name, **values):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def take_the_template_away(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    change_json("tokenizer_config.json", chat_template=None)(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (break_weights, "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (keep_half_of_the_weights, "lack 9 tensors"),
+        (pickle_the_weights, r"only pickled weights \(pytorch_model.bin\)"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json of .* is no JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must hold a mapping"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "tokenizer_config.json of .* is no JSON"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
+        (change_json("config.json", model_type="nonsense"), "cannot be loaded"),
+        (change_json("config.json", auto_map={"AutoModel": "evil.Model"}), "`auto_map`"),
+        (take_the_template_away, "no chat template"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"), "template cannot render"),
+    ],
+)
+def test_a_checkpoint_that_cannot_serve_is_refused_and_can_be_brought_in_once_it_is_mended(
+    home, ledger, folder, tiny_model, spoil, words
+):
+    spoil(folder)
+    with pytest.raises(ModelError, match=words):
+        ensure_sft(home, ledger, str(folder))
+    with ledger.read() as session:
+        assert session.query(ModelRow).count() == 0
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_model, folder)
+    row = ensure_sft(home, ledger, str(folder))
+    assert load_model(home, row.model_id, dtype="float32").digest == row.digest
+
+
+def test_what_a_download_from_the_hub_brings_along_stays_outside(home, ledger, folder):
+    (folder / "LICENSE").write_text("Apache-2.0")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "state.json").write_text("{}")
+    (folder / "modeling_own.py").write_text("raise SystemExit")
+    torch.save({}, folder / "pytorch_model.bin")
+    row = ensure_sft(home, ledger, str(folder))
+    assert set(row.manifest["files"]) == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_a_champion_of_another_checkpoint_is_refused_and_a_newer_checkpoint_of_the_same_place_is_not(
+    home, ledger, folder, tiny_model, tmp_path
+):
+    other = ensure_sft(home, ledger, str(shutil.copytree(tiny_model, tmp_path / "other")))
+    change_json("config.json", rope_theta=5000.0)(folder)
+    sft = ensure_sft(home, ledger, str(folder))
+    change_json("config.json", rms_norm_eps=1e-5)(folder)
+    champion = register_folder(home, ledger, folder, name="run", lineage=Lineage(kind="merged", parent_id=sft.model_id))
+    newer = ensure_sft(home, ledger, str(folder))
+    assert newer.model_id != sft.model_id
+    check_descent(ledger, champion.model_id, newer, deployment="default")
+    with pytest.raises(
+        ModelError, match=r"descends from the SFT checkpoint `.*checkpoint`, and model.sft is `.*other`"
+    ):
+        check_descent(ledger, champion.model_id, other, deployment="default")

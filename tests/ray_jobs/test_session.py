@@ -1,0 +1,36 @@
+"""A job ends in order when the cluster stops it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+JOB = """
+import time
+from ray_jobs.session import ray_cluster, run_job
+
+def body(session, options):
+    with ray_cluster(session.home):
+        print("ready", flush=True)
+        try:
+            time.sleep(120)
+        finally:
+            print("unwound", flush=True)
+    return 0
+
+raise SystemExit(run_job("job", body))
+"""
+
+
+def test_sigterm_unwinds_a_job_that_has_joined_a_cluster_as_ctrl_c_does(home, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: stopped\n")
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
+    ) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (130, "unwound\n")
+    assert err == "job: interrupted; what was acknowledged is kept\n"
