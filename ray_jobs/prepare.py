@@ -219,7 +219,10 @@ class ReferenceScorer:
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     del options
-    pair_snapshot = resolve_snapshot(session.home, session.ledger, session.recipe.snapshot, kind="pairs")
+    recipe = session.recipe
+    pair_snapshot = resolve_snapshot(
+        session.home, session.ledger, recipe.snapshot, kind="pairs", deployment=recipe.serving.deployment
+    )
     console = Console()
     with ray_cluster(session.home):
         row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id, console=console)

@@ -380,7 +380,8 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     with ray_cluster(home):
         snapshot_id = options.training_snapshot
         if snapshot_id is None:
-            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs")
+            deployment = recipe.serving.deployment
+            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

@@ -97,10 +97,13 @@ def write_pair_snapshot(
     return _register(ledger, snapshot_id, artifact.uri, artifact.manifest(), name)
 
 
-def resolve_snapshot(home: Home, ledger: Ledger, reference: str | None, *, kind: str = KIND) -> SnapshotRow:
+def resolve_snapshot(
+    home: Home, ledger: Ledger, reference: str | None, *, kind: str = KIND, deployment: str | None = None
+) -> SnapshotRow:
     """Return the snapshot that a name, an id or a unique beginning of an id means.
 
-    Without a reference it is the newest one; for pairs, the newest that was built from the ledger.
+    Without a reference it is the newest one; for pairs, the newest that was built from the ledger, from the feedback on
+    `deployment` where one is given.
 
     Raises:
         DataError: nothing or more than one fits, or the snapshot is not complete in this home.
@@ -108,7 +111,7 @@ def resolve_snapshot(home: Home, ledger: Ledger, reference: str | None, *, kind:
     with ledger.read() as session:
         newest_first = sa.select(SnapshotRow).where(SnapshotRow.kind == kind).order_by(SnapshotRow.created_at.desc())
         known = list(session.scalars(newest_first))
-    row = _newest(known, kind) if reference is None else _referred(known, reference, kind)
+    row = _newest(known, kind, deployment) if reference is None else _referred(known, reference, kind)
     if not home.artifact(kind, row.snapshot_id).exists():
         msg = f"snapshot `{row.snapshot_id}` is in the ledger, but not complete under `{home.uri}/{kind}`"
         raise DataError(msg)
@@ -163,12 +166,16 @@ def _register(ledger: Ledger, snapshot_id: str, uri: str, manifest: dict[str, An
     return row
 
 
-def _newest(known: Sequence[SnapshotRow], kind: str) -> SnapshotRow:
-    wanted = [row for row in known if kind != KIND or row.manifest.get("origin", {}).get("kind") == "ledger"]
+def _newest(known: Sequence[SnapshotRow], kind: str, deployment: str | None) -> SnapshotRow:
+    origins = {row.snapshot_id: row.manifest.get("origin", {}) for row in known}
+    wanted = [row for row in known if kind != KIND or origins[row.snapshot_id].get("kind") == "ledger"]
+    if deployment is not None:
+        wanted = [row for row in wanted if origins[row.snapshot_id].get("deployment") == deployment]
     if wanted:
         return wanted[0]
     if known:
-        msg = f"no {kind} snapshot was built from the ledger; imported ones: {', '.join(map(_shown, known))}\n\nHint: choose one with `snapshot: NAME` in the recipe or `--set snapshot=NAME`, or run `prefloop build-pairs`."
+        whose = "" if deployment is None else f" of deployment `{deployment}`"
+        msg = f"no {kind} snapshot was built from the ledger{whose}; others: {', '.join(map(_shown, known))}\n\nHint: choose one with `snapshot: NAME` in the recipe or `--set snapshot=NAME`, or run `prefloop build-pairs`."
     else:
         msg = f"there is no {kind} snapshot yet\n\nHint: run `prefloop build-pairs RECIPE` or `prefloop import FILE... --to NAME`."
     raise DataError(msg)

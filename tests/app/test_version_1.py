@@ -1,4 +1,4 @@
-"""What schema version 1 wrote, this version reads: a ledger, a pair snapshot and a training snapshot."""
+"""What schema version 1 wrote, this version reads: a ledger, a pair and a training snapshot, a model artifact."""
 
 import shutil
 from datetime import UTC, datetime
@@ -8,16 +8,26 @@ import pytest
 import sqlalchemy as sa
 
 from app.config import PairSection, Recipe
-from app.ledger import FeedbackRow, Ledger, ModelRow, ResponseRow
+from app.ledger import (
+    ApprovalRow,
+    EvaluationRow,
+    FeedbackRow,
+    Ledger,
+    ModelRow,
+    ResponseRow,
+    RunRow,
+    RunStepRow,
+)
+from app.models import load_model, render_prompt
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import QUARANTINE_SCHEMA, Message, Split, ToolCall, canonical_json, prompt_key
 from app.storage import Home
-from app.training.snapshots import read_groups
+from app.training.snapshots import check_binding, known_scores, read_groups
 from app.training.tokenization import Label, Preference
 from ray_jobs.build_pairs import build_pairs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v1"
-PAIRS, TRAINING, MODEL = "ee5f113ed93512c0", "0000000000000001", "sft-0123456789ab"
+PAIRS, TRAINING, MODEL = "336bc990bb4f1cf5", "78d4cfc8e215afe3", "sft-a2dc0fe6d7a6"
 START = datetime(2026, 11, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 CALL = ToolCall("call-1", "wetter", '{"ort": "Zürich"}')
 
@@ -75,10 +85,37 @@ def test_the_feedback_the_champion_and_the_audit_of_version_1_are_read(old_ledge
     )
     assert (rows["e05"].kind, rows["e05"].value) == ("edit", "Es ist kühl, 9 °C.")
     assert (rows["e08"].value, rows["e09"].origin) == ("4.5", "simulated")
-    assert (model.kind, model.digest) == ("sft", "0123456789ab")
+    assert (model.kind, model.digest[:12], model.manifest["source"]) == ("sft", "a2dc0fe6d7a6", "v1")
     champion = old_ledger.champion("default")
     assert (champion.model_id, champion.revision, champion.updated_at) == (MODEL, 1, START)
     assert old_ledger.verify_audit() == 1
+
+
+def test_the_runs_verdicts_and_approvals_of_version_1_are_read(old_ledger):
+    with old_ledger.read() as session:
+        run, step = session.get_one(RunRow, "v1-train"), session.get_one(RunStepRow, ("v1-train", 1))
+        verdict = session.get_one(EvaluationRow, "evaluation-v1")
+        approval = session.get_one(ApprovalRow, "approval-v1")
+    assert (run.status, run.attempt, run.recipe["train"], run.metrics["learning"]) == (
+        "succeeded",
+        2,
+        {"beta": 0.1},
+        {"accuracy": 0.75},
+    )
+    assert (run.start_model_id, run.reference_model_id, run.created_at) == (MODEL, MODEL, START)
+    assert step.metrics == {"loss": 0.6875}
+    assert (verdict.verdict, verdict.sft_id, verdict.report["figures"]["win_rate"]) == ("SHIP", MODEL, 0.75)
+    assert (approval.evaluation_id, approval.decision, approval.reason) == ("evaluation-v1", "approved", "geprüft ✓")
+    assert verdict.model_digest == approval.model_digest
+
+
+def test_the_model_of_version_1_is_loaded(old):
+    loaded = load_model(old, MODEL, dtype="float32")
+    assert loaded.digest[:12] == "a2dc0fe6d7a6"
+    assert loaded.end_ids == (1,)
+    ids = render_prompt(loaded.tokenizer, [Message("user", "Où ?")], None)
+    assert loaded.tokenizer.decode(ids) == "<|im_start|>user\nOù ?<|im_end|>\n<|im_start|>assistant\n"
+    assert float(loaded.model.lm_head.weight.sum()) == pytest.approx(-1.8189258, abs=1e-5)
 
 
 def test_the_ledger_of_version_1_takes_new_events(old_ledger):
@@ -106,7 +143,7 @@ def test_the_pair_snapshot_of_version_1_is_read(old, old_ledger):
     assert edit.tools.startswith('[{"function":{"name":"wetter"')
     assert comparison.prompt[1] == Message("user", "Où est la gare ? 🚉\u2028Merci !", name="ana")
     assert (comparison.chosen.response_id, comparison.rejected.response_id) == ("r04", "r05")
-    assert (thumbs.source, thumbs.split, thumbs.weight, thumbs.subject) == ("thumbs", "held_out", 1.0, None)
+    assert (thumbs.source, thumbs.split, thumbs.weight, thumbs.subject) == ("thumbs", "train", 1.0, None)
     assert thumbs.pair_id == "69b453badf529d9f2de8ee44c05f7867"
     unpaired = sorted(
         (p.label, (p.chosen or p.rejected).content) for p in read_pairs(old, PAIRS) if p.kind == "unpaired"
@@ -124,16 +161,28 @@ def test_the_quarantine_of_version_1_is_read(old):
     ]
 
 
+def loaded_digest(home):
+    return home.artifact("models", MODEL).manifest()["digest"]
+
+
 def test_the_training_snapshot_of_version_1_is_read(old, old_ledger):
     assert resolve_snapshot(old, old_ledger, TRAINING, kind="training").parent_id == PAIRS
     artifact = old.artifact("training", TRAINING)
     artifact.verify()
     first, second = read_groups(artifact, Split.TRAIN)
+    manifest = check_binding(
+        artifact, template_digest="template", reference_digest=loaded_digest(old), dtype="bfloat16"
+    )
+    assert manifest["splits"]["train"] == {"rows": 2, "pairs": 1, "labels": 1, "tokens": 11}
+    assert manifest["counts"] == {"kept": 3, "dropped": {"too_long": 1}}
     assert (first.group_id, first.cluster, first.prompt_ids) == ("group-a", "cluster-a", (1, 2, 3))
     assert (first.responses, first.reference_logps) == (((4, 5, 0), (6, 0)), (-3.25, -1.5))
     assert first.pairs == (Preference(0, 1, 1.0, "pair-a", "thumbs"),)
-    assert (second.labels, second.reference_logps) == ((Label(0, False, 0.5, "pair-b", "comparison"),), None)
-    assert read_groups(artifact, Split.HELD_OUT) == []
+    assert (second.labels, second.reference_logps) == ((Label(0, False, 0.5, "pair-b", "comparison"),), (-2.0,))
+    (third,) = read_groups(artifact, Split.HELD_OUT)
+    assert (third.pairs, third.cluster) == ((Preference(1, 0, 0.25, "pair-c", "edit"),), "cluster-c")
+    scores = known_scores(old, old_ledger, reference_digest=loaded_digest(old), dtype="bfloat16")
+    assert (scores[(1, 2, 3), (6, 0)], scores[(1, 9), (5, 0)], len(scores)) == (-1.5, -0.75, 5)
 
 
 def test_the_log_of_version_1_gives_the_pairs_that_it_gave(old, old_ledger, tmp_path):

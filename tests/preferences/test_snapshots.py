@@ -143,8 +143,16 @@ def test_without_a_reference_imports_are_not_taken_for_feedback(home, ledger):
     with pytest.raises(DataError, match="there is no pairs snapshot yet"):
         resolve_snapshot(home, ledger, None)
     write(home, ledger, [pair(1)], name="hh", origin={"kind": "import"})
-    with pytest.raises(DataError, match=r"no pairs snapshot was built from the ledger; imported ones: \w+ \(hh\)"):
+    with pytest.raises(DataError, match=r"no pairs snapshot was built from the ledger; others: \w+ \(hh\)"):
         resolve_snapshot(home, ledger, None)
+
+
+def test_feedback_on_another_deployment_is_not_taken_for_that_on_this_one(home, ledger):
+    mine = write(home, ledger, [pair(1)], origin={"kind": "ledger", "deployment": "default"})
+    write(home, ledger, [pair(2)], origin={"kind": "ledger", "deployment": "demo"})
+    assert resolve_snapshot(home, ledger, None, deployment="default").snapshot_id == mine.snapshot_id
+    with pytest.raises(DataError, match="built from the ledger of deployment `other`"):
+        resolve_snapshot(home, ledger, None, deployment="other")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 65])
