@@ -98,10 +98,13 @@ class LoopRun:
             return dict(metrics["stages"][name])
         self._update(metrics={**metrics, "stage": name})
         start = time.monotonic()
-        made = body()
-        metrics = self.metrics
-        seconds = {**metrics["seconds"], name: metrics["seconds"].get(name, 0.0) + time.monotonic() - start}
-        self._update(metrics={**metrics, "stages": {**metrics["stages"], name: made}, "seconds": seconds})
+        try:
+            made = body()
+        finally:
+            metrics = self.metrics
+            seconds = {**metrics["seconds"], name: metrics["seconds"].get(name, 0.0) + time.monotonic() - start}
+            self._update(metrics={**metrics, "seconds": seconds})
+        self._update(metrics={**self.metrics, "stages": {**metrics["stages"], name: made}})
         return made
 
     def forget(self, name: str) -> None:

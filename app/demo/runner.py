@@ -72,7 +72,7 @@ def run_demo(
     if code not in (0, HOLD_EXIT_CODE) and not _ended_since(ledger, loaded.name, began):
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
         return code
-    report = make_report(ledger, loaded.name, seconds=time.time() - began)
+    report = make_report(ledger, loaded.name, last_attempt_s=time.time() - began)
     path = home.local("demo", REPORT)
     write_atomically(home.filesystem, str(path), json.dumps(report, indent=1).encode())
     print_closing(console, report, path, recipe)
@@ -87,8 +87,8 @@ def _ended_since(ledger: Ledger, recipe_name: str, began: float) -> bool:
     return run is not None and run.status == "succeeded" and run.updated_at.timestamp() >= began
 
 
-def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str, Any]:
-    """Collect the figures of the newest finished round from the ledger."""
+def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> dict[str, Any]:
+    """Collect the figures of the newest finished round from the ledger; its stages may have taken several attempts."""
     with ledger.read() as session:
         newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
         run = next(row for row in session.scalars(newest) if row.recipe["name"] == recipe_name)
@@ -102,8 +102,10 @@ def make_report(ledger: Ledger, recipe_name: str, *, seconds: float) -> dict[str
     shipped = stages.get("ship", {})
     before = stages["serve"]["champion"]
     figures = evaluation.report["figures"]
+    stages_s: dict[str, float] = run.metrics["seconds"]
+    total_s = max(last_attempt_s, sum(stages_s.values()))
     return {
-        "seconds": {"total": round(seconds, 1), **{k: round(v, 1) for k, v in run.metrics["seconds"].items()}},
+        "seconds": {"total": round(total_s, 1), **{k: round(v, 1) for k, v in stages_s.items()}},
         "run": run.run_id,
         "simulated_audience": run.recipe["collect"]["audience"],
         "responses": stages["collect"]["answers"],

@@ -68,7 +68,7 @@ def finished_round(ledger, *, shipped: bool):
 
 def test_the_report_of_a_shipped_round_names_both_champions(ledger):
     finished_round(ledger, shipped=True)
-    report = make_report(ledger, "demo", seconds=500.0)
+    report = make_report(ledger, "demo", last_attempt_s=500.0)
     assert (report["champion_before"], report["champion_after"]) == ("sft-1", "demo-2")
     assert report["seconds"] == {"total": 500.0, "train": 150.0}
     assert report["responses"] == 828
@@ -79,7 +79,8 @@ def test_the_report_of_a_shipped_round_names_both_champions(ledger):
 
 def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
     finished_round(ledger, shipped=False)
-    report = make_report(ledger, "demo", seconds=1.0)
+    report = make_report(ledger, "demo", last_attempt_s=1.0)
+    assert report["seconds"]["total"] == 150.0, "earlier attempts count too"
     assert report["verdict"] == "HOLD"
     assert report["champion_after"] == "sft-1"
     assert report["reasons"] == ["the lower bound is 48 %"]
@@ -93,6 +94,11 @@ def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
     few.write_text('{"prompt": "one"}\n')
     with pytest.raises(DataError, match="give at least 120 prompts"):
         run_demo(home, audience="style", **(options | {"prompts": few}))
+    bad = tmp_path / "style.json"
+    bad.write_text(json.dumps({"name": "s", "rules": [{"name": "r", "pattern": "(", "weight": 1}], "edits": []}))
+    for style in (bad, tmp_path / "none.json"):
+        with pytest.raises(DataError, match=style.name):
+            run_demo(home, audience="style", **(options | {"style": style}))
 
 
 @pytest.mark.parametrize(("started_by", "stopped"), [("loop", True), ("user", False)])

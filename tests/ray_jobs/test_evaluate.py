@@ -9,12 +9,12 @@ import ray
 import torch
 
 from app.config import parse_recipe
-from app.errors import DataError
+from app.errors import DataError, ModelError
 from app.evaluation.perplexity import perplexity
-from app.evaluation.prompts import load_prompts
+from app.evaluation.prompts import Prompt, load_prompts
 from app.generation import GenerationRequest, generate
 from app.ledger import EvaluationRow, Ledger, RunRow, now
-from app.models import Lineage, load_model, register_folder, render_prompt
+from app.models import Lineage, load_model, load_tokenizer, register_folder, render_prompt
 from app.schemas import Message
 from app.storage import Home
 from ray_jobs import answers as answers_module
@@ -143,6 +143,45 @@ def test_a_model_whose_answers_are_all_cut_wins_nothing_and_loses_nothing(cluste
     assert measured["over_champion"]["estimate"]["method"] == measured["length_ratio"]["method"] == "empty"
     assert measured["finished"] == {"candidate": 0.0, "champion": 0.0}
     assert measured["perplexity"]["candidate"] == measured["perplexity"]["champion"]
+
+
+def test_a_prompt_that_fills_the_context_gets_an_answer_that_was_cut_and_a_long_one_what_room_is_left(stage):
+    home, _, _, sft, _ = stage
+    actor = answers_module.ModelActor(home.uri, sft.model_id, "float32", 1)
+    texts = {"fits": "hello", "long": "x" * (2048 - 60), "longer": "x" * 4000}
+    prompts = [Prompt(name, text, name) for name, text in texts.items()]
+    fits, long, longer = actor.answer(prompts, answers_module.Decoding(64, 2, "float32"))
+    window = 2048
+    spent = len(render_prompt(load_tokenizer(home, sft.model_id), [Message("user", texts["long"])], None))
+    assert 0 < window - spent < 64
+    assert (fits.prompt_id, fits.n_tokens) == ("fits", 64)
+    assert (long.finish_reason, long.n_tokens) == ("length", window - spent)
+    assert (longer.text, longer.finish_reason, longer.n_tokens, longer.valid) == ("", "length", 0, False)
+
+
+def test_what_a_model_refuses_is_told_without_a_trace(cluster, stage, monkeypatch):
+    home, ledger, recipe, sft, _ = stage
+
+    def refuse(_self, _prompts, _decoding):
+        raise ModelError("the template cannot render this")
+
+    monkeypatch.setattr(answers_module.ModelActor, "answer", refuse)
+    tree = recipe.model_dump(mode="json")
+    tree["evaluate"]["max_new_tokens"] = 7
+    with pytest.raises(ModelError) as told:
+        evaluate(home, ledger, parse_recipe(tree, place="test"), sft.model_id, None)
+    assert str(told.value) == "the template cannot render this"
+    assert type(told.value) is ModelError
+
+
+def test_a_verdict_that_is_asked_for_again_becomes_the_newest(stage, verdict):
+    home, ledger, recipe, _, candidate = stage
+    tree = recipe.model_dump(mode="json")
+    tree["evaluate"]["gate"]["min_prompts"] = 600
+    other = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, "run-1")
+    again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
+    assert again.evaluation_id == verdict.evaluation_id
+    assert again.created_at > other.created_at
 
 
 def test_an_unknown_model_and_missing_files_are_named_before_anything_runs(stage):

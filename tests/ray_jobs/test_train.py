@@ -204,6 +204,10 @@ def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(clus
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 6})})
     with pytest.raises(TrainingError, match="need 6.25 CPUs, the cluster has 6 free"):
         train(home, ledger, recipe, snapshot_id, run_id="starved")
+    with ledger.read() as session:
+        row = session.get_one(RunRow, "starved")
+    assert row.status == "failed"
+    assert "need 6.25 CPUs" in row.error
 
 
 def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):

@@ -1,0 +1,34 @@
+"""Shipping where no service runs: only the champion pointer moves."""
+
+import shutil
+
+from app.config import parse_recipe
+from app.ledger import EvaluationRow, now
+from app.models import Lineage, ensure_sft, register_folder
+from ray_jobs.ship import roll_back, ship
+from tests.conftest import write_tiny_model
+
+
+def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_model, tmp_path):
+    sft = ensure_sft(home, ledger, str(shutil.copytree(tiny_model, tmp_path / "sft")))
+    folder = write_tiny_model(tmp_path / "new", seed=1)
+    model = register_folder(home, ledger, folder, name="new", lineage=Lineage(kind="merged", parent_id=sft.model_id))
+    with ledger.write() as session:
+        session.add(
+            EvaluationRow(
+                evaluation_id="e",
+                model_id=model.model_id,
+                model_digest=model.digest,
+                champion_id=sft.model_id,
+                sft_id=sft.model_id,
+                verdict="SHIP",
+                report={},
+                created_at=now(),
+            )
+        )
+    recipe = parse_recipe({"name": "first"}, place="test")
+    shipped = ship(home, ledger, recipe, None, "ana")
+    assert (shipped.shipped, shipped.champion_before, shipped.served) == (True, sft.model_id, False)
+    back = roll_back(home, ledger, recipe, "ana")
+    assert (back.shipped, back.model_id) == (True, sft.model_id)
+    assert ledger.champion("default").previous_model_id == model.model_id
