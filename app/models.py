@@ -218,8 +218,14 @@ def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of the chat template and of the vocabulary, 32 hex digits: equal digests give equal token ids."""
-    return content_hash([str(tokenizer.chat_template), sorted(tokenizer.get_vocab().items())])
+    """Return the hash of all that turns a conversation into token ids, 32 hex digits: equal digests give equal ids.
+
+    That is the chat template, the vocabulary, the merges and what is done to text before them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    core: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    text_rules = [core.get("normalizer"), core.get("pre_tokenizer"), core.get("model", {}).get("merges")]
+    return content_hash([str(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), text_rules])
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: str | None) -> list[int]:

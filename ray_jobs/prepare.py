@@ -22,6 +22,7 @@ from rich.console import Console
 
 from app.config import Recipe
 from app.errors import DataError
+from app.generation import context_window
 from app.ledger import Ledger, ModelRow, SnapshotRow
 from app.models import check_descent, ensure_sft, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
@@ -69,11 +70,16 @@ def prepare(
     """Write the training snapshot of a pair snapshot and return its ledger row.
 
     Raises:
-        DataError: no row can train, or a row is too long and the recipe refuses that.
+        DataError: no row can train, a row is too long and the recipe refuses that, or rows may be longer than the model's
+            context.
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     loaded = load_model(home, start.model_id, dtype=recipe.train.dtype)
+    window = context_window(loaded.model)
+    if window is not None and recipe.prepare.max_length > window:
+        msg = f"prepare.max_length = {recipe.prepare.max_length} exceeds the context of `{start.model_id}`, {window} tokens\n\nHint: lower prepare.max_length to {window}."
+        raise DataError(msg)
     pairs = read_pairs(home, pair_snapshot_id)
     groups, audit = encode_groups(
         pairs,

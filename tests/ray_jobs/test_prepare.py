@@ -136,3 +136,12 @@ def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, led
     pair_snapshot = write(home, ledger, pairs)
     with pytest.raises(DataError, match="can train: 1 prompt_longer_than_window"):
         prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
+
+
+def test_rows_that_may_be_longer_than_the_context_are_refused_before_anything_is_tokenised(
+    cluster, home, ledger, tiny_model
+):
+    tree = recipe_for(tiny_model).model_dump(mode="json")
+    tree["prepare"]["max_length"] = 2049
+    with pytest.raises(DataError, match=r"max_length = 2049 exceeds the context of `sft-\w+`, 2048 tokens"):
+        prepare(home, ledger, parse_recipe(tree, place="test"), "no-snapshot")
