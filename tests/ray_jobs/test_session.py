@@ -11,8 +11,8 @@ from ray_jobs.session import ray_cluster, run_job
 
 def body(session, options):
     with ray_cluster(session.home):
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(120)
         finally:
             print("unwound", flush=True)
