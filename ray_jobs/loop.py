@@ -171,7 +171,8 @@ def _read_inputs(recipe: Recipe) -> None:
 
     Raises:
         DataError: something cannot be read.
-        RecipeError: the recipe collects feedback and names a snapshot that would be used in its place.
+        RecipeError: the recipe has no section `evaluate`, or collects feedback and names a snapshot that would be used in
+            its place.
     """
     if recipe.collect is not None and recipe.snapshot is not None:
         msg = f"snapshot = `{recipe.snapshot}` would be used in place of the feedback that the section `collect` gathers\n\nHint: leave one of them out."
@@ -326,9 +327,6 @@ def _say(console: Console, stage: str, text: str) -> None:
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     del options
-    if session.recipe.evaluate is None:
-        msg = f"recipe `{session.recipe.name}` has no section `evaluate`, so the gate could not decide"
-        raise TrainingError(msg)
     return run_loop(session, Console())
 
 

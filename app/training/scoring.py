@@ -143,7 +143,7 @@ class _TargetLogps(torch.autograd.Function):
 
 
 def _row_parts(rows: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(rows, 32 if rows.device.type == "cpu" else 1024)
+    return torch.split(rows, 8 if rows.device.type == "cpu" else 1024)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -168,3 +168,9 @@ def test_requests_that_failed_while_the_champion_changed_are_an_error_of_a_round
     with pytest.raises(ServiceError, match="2 simulated requests failed"):
         run_loop(session(), quiet())
     assert rounds(ledger) == ["succeeded"]
+
+
+def test_a_recipe_whose_gate_could_not_decide_is_refused_before_the_round_begins(session, ledger):
+    with pytest.raises(RecipeError, match="no section `evaluate`"):
+        run_loop(session(evaluate=None), quiet())
+    assert rounds(ledger) == []
