@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from rich.console import Console
+from sqlalchemy.orm import Session
 
 from app.config import Recipe, load_recipe
 from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
@@ -79,19 +80,23 @@ def run_demo(
     return code
 
 
+def _newest_round(session: Session, recipe_name: str) -> RunRow | None:
+    newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
+    return next((row for row in session.scalars(newest) if row.recipe["name"] == recipe_name), None)
+
+
 def _ended_since(ledger: Ledger, recipe_name: str, began: float) -> bool:
     """Whether a round came to its end, although with an error: it shipped, and requests failed meanwhile."""
     with ledger.read() as session:
-        newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
-        run = next((row for row in session.scalars(newest) if row.recipe["name"] == recipe_name), None)
+        run = _newest_round(session, recipe_name)
     return run is not None and run.status == "succeeded" and run.updated_at.timestamp() >= began
 
 
 def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> dict[str, Any]:
     """Collect the figures of the newest finished round from the ledger; its stages may have taken several attempts."""
     with ledger.read() as session:
-        newest = sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.updated_at.desc())
-        run = next(row for row in session.scalars(newest) if row.recipe["name"] == recipe_name)
+        run = _newest_round(session, recipe_name)
+        assert run is not None  # noqa: S101  a round just ended
         stages: dict[str, Any] = run.metrics["stages"]
         evaluation = session.get_one(EvaluationRow, stages["evaluate"]["evaluation"])
         kinds = session.execute(

@@ -291,3 +291,10 @@ def test_a_transaction_that_fails_leaves_nothing(ledger):
         session.flush()
         raise ZeroDivisionError
     assert count(ledger, ResponseRow) == 0
+
+
+@pytest.mark.parametrize("url", ["garbage", "mysql://ana:secret@host/x"])
+def test_a_url_that_no_ledger_can_have_is_refused_without_telling_a_password(url):
+    with pytest.raises(LedgerError, match="PREFLOOP_LEDGER") as told:
+        Ledger.open(url)
+    assert "secret" not in str(told.value)
