@@ -26,6 +26,8 @@ _COLDEST = 1e-5
 """Lower temperatures are greedy; in fp32 they would divide by nothing."""
 _JOINING_SHARE = 8
 """Nothing joins before one in so many places is free: joining copies the cache too."""
+_ROOM = 64
+"""Tokens that a cache has room for beyond those it holds."""
 _TRIES = 4
 """Draws from the whole vocabulary before the nucleus of a row is looked for by sorting."""
 
@@ -195,9 +197,7 @@ class _Batch:
     @property
     def can_be_joined(self) -> bool:
         """Whether the cache holds keys and values of all tokens and nothing else (no window, no convolution)."""
-        return type(self.cache) is DynamicCache and all(
-            type(layer) is DynamicLayer and layer.is_initialized for layer in self.cache.layers
-        )
+        return type(self.cache) is DynamicCache and all(type(layer) is _RoomyLayer for layer in self.cache.layers)
 
     @torch.no_grad()
     def step(self, model: Any, window: int | None) -> list[tuple[int, float]]:
@@ -213,7 +213,8 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = output.past_key_values
+        if self.cache is None:
+            self.cache = _roomy(output.past_key_values)
         chosen, logps = _sample(output.logits[:, -1].float(), self.rows)
         self.fed = chosen[:, None]
         self.attended = torch.cat([self.attended, self.attended.new_ones(len(self.rows), 1)], dim=1)
@@ -251,6 +252,57 @@ class _Batch:
             torch.cat([_fitted(batch.attended, width, dim=-1) for batch in batches]),
             self.cache,
         )
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values, [rows, heads, tokens, width], in front of room into which those of new tokens are written.
+
+    transformers' own layer copies all that it holds for each new token, which is a fifth of a token's time on a CPU.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._rooms: tuple[torch.Tensor, ...] = ()
+        self._shown: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append those of new tokens and return all."""
+        del args, kwargs
+        length, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        # Whoever chooses or moves rows leaves other tensors here, which have no room.
+        if self._shown is not self.keys or end > self._rooms[0].shape[-2]:
+            self._rooms = tuple(_with_room(held, end + _ROOM) for held in (self.keys, self.values))
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        self._shown = self.keys
+        return self.keys, self.values
+
+
+def _with_room(held: torch.Tensor, capacity: int) -> torch.Tensor:
+    rows, heads, length, width = held.shape
+    room = held.new_empty(rows, heads, capacity, width)
+    room[:, :, :length] = held
+    return room
+
+
+def _roomy(cache: Any) -> Any:
+    """Give the layers of a filled cache room; layers that keep anything else than all tokens stay as they are."""
+    if type(cache) is DynamicCache:
+        cache.layers = [
+            _RoomyLayer(layer.keys, layer.values)
+            if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+            else layer
+            for layer in cache.layers
+        ]
+    return cache
 
 
 def _used(attended: torch.Tensor) -> int:
@@ -350,11 +402,13 @@ def _sample(logits: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, t
     chosen = logits.argmax(dim=-1)
     sampled = [i for i, row in enumerate(rows) if row.request.temperature > _COLDEST]
     if sampled:
+        # Choosing all rows would only copy them.
+        hot = logits if len(sampled) == len(rows) else logits[sampled]
         temperature, top_p = (
             torch.tensor(values, device=logits.device)[:, None]
             for values in zip(*((rows[i].request.temperature, rows[i].request.top_p) for i in sampled), strict=True)
         )
-        probabilities = (logits[sampled] / temperature).softmax(dim=-1)
+        probabilities = (hot / temperature).softmax(dim=-1)
         chosen[sampled] = _draw(probabilities, top_p, [rows[i].randomness for i in sampled])[:, 0]
     return chosen, logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
 

@@ -47,7 +47,9 @@ def forced_logps(model, prompt, answer):
     return [logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)]
 
 
-def test_a_greedy_batch_equals_transformers_own_generate_row_by_row(loaded):
+@pytest.mark.parametrize("room", [1, 5, 64])
+def test_a_greedy_batch_equals_transformers_own_generate_row_by_row(loaded, monkeypatch, room):
+    monkeypatch.setattr("app.generation._ROOM", room)
     # Of ten rows one that has ended stays in the batch for a while, and the batch shrinks more than once.
     prompts, limits = [*PROMPTS, *PROMPTS, *PROMPTS[:2]], (3, 12, 5, 9, 2, 12, 12, 7, 11, 12)
     answers = generate(loaded, [request(p, max_tokens=n) for p, n in zip(prompts, limits, strict=True)])
