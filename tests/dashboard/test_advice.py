@@ -67,6 +67,15 @@ def test_the_step_that_blocks_is_named(state: Loop, pairs: int, step: str, word:
     assert (advice.step, word in advice.blocks) == (step, True), advice
 
 
+@pytest.mark.parametrize(
+    "run_id, command",
+    [("run-1", "prefloop train r.yaml --run run-1"), ("demo-loop-1a2b3c4d-train", "prefloop loop r.yaml")],
+)
+def test_a_run_that_went_silent_is_continued_by_the_command_that_began_it(run_id: str, command: str) -> None:
+    silent = trained(JUDGED, "running", run_id=run_id, updated_at=ago(90))
+    assert f"`{command}`" in told(silent, 100).todo
+
+
 def test_after_a_ship_the_next_round_begins_with_signals() -> None:
     shipped = replace(judged(trained(JUDGED), "SHIP"), champion=champion("new", "old"))
     assert told(shipped, 100).step == "signals"

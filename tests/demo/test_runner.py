@@ -86,6 +86,19 @@ def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
     assert report["reasons"] == ["the lower bound is 48 %"]
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_round_that_shipped_while_requests_failed_has_a_report_and_its_error(home, ledger, monkeypatch, ended):
+    def loop(_command, _home):
+        if ended:
+            finished_round(ledger, shipped=True)
+        return 1
+
+    monkeypatch.setattr("app.demo.runner._child", loop)
+    options = {"audience": "style", "style": None, "prompts": None, "overrides": []}
+    assert run_demo(home, recipe=Path(RECIPE), **options) == 1
+    assert home.local("demo", "report.json").exists() == ended
+
+
 def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
     options = {"recipe": RECIPE, "style": None, "prompts": None, "overrides": []}
     with pytest.raises(RecipeError, match="no audience `loud`"):

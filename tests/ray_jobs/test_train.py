@@ -13,6 +13,7 @@ import pytest
 import ray
 import sqlalchemy as sa
 import torch
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from app.config import parse_recipe
@@ -28,7 +29,7 @@ from app.training.policy import build_policy
 from app.training.scoring import ScoringModel
 from app.training.snapshots import Binding, epoch_files, epoch_stream, read_groups, train_files, write_training_snapshot
 from app.training.tokenization import Group, Preference
-from ray_jobs.train import train
+from ray_jobs.train import _cause, train
 from ray_jobs.worker import SHUFFLE_WINDOW
 
 
@@ -254,3 +255,15 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     with ledger.read() as session:
         per_epoch = session.get_one(RunRow, "unbroken").metrics["total_steps"] / 2
         assert 25 <= session.get_one(RunRow, "mortal").metrics["total_steps"] < 25 + per_epoch
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Training failed due to controller error:\nno node has 8 GPUs", "controller error: no node has 8 GPUs"),
+        ("trace\n  File x\nValueError: odd\nmore", "ValueError: odd"),
+        ("The actor died because of OOM.\nRuntimeError: connection closed", "The actor died because of OOM."),
+    ],
+)
+def test_the_line_that_says_why_is_told_of_a_failure(text, told):
+    assert _cause(TrainingFailedError(text)).endswith(told)

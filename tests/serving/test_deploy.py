@@ -1,4 +1,4 @@
-"""Stopping what is recorded, without a cluster."""
+"""What a deployment refuses and stops, without a cluster."""
 
 import signal
 import subprocess
@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
+from app.config import ServingSection
+from app.errors import ServiceError
 from app.services import Services
-from app.storage import Home
+from app.storage import LEDGER_VARIABLE, Home
+from serving.application import Gateway, ServiceArgs
 from serving.deploy import main
 
 
@@ -35,3 +38,15 @@ def test_stop_leaves_a_process_alone_that_took_over_a_recorded_id(tmp_path, monk
     assert main(["--stop"]) == 0
     assert bystander.poll() is None
     assert Services.read(home) is None
+
+
+def test_a_gateway_that_would_write_to_another_ledger_than_the_jobs_read_is_refused_without_telling_a_password(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv(LEDGER_VARIABLE, "postgresql://me:secret@here/feedback")
+    args = ServiceArgs(
+        home=str(tmp_path / "home"), ledger="postgresql://me:***@there/feedback", serving=ServingSection()
+    )
+    with pytest.raises(ServiceError, match=r"me:\*\*\*@here/feedback.*me:\*\*\*@there/feedback") as refusal:
+        Gateway(args, None).__serve_build_asgi_app__()
+    assert "secret" not in str(refusal.value)

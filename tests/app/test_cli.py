@@ -1,0 +1,29 @@
+"""The command line as a user meets it: one message and an exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from app.storage import HOME_VARIABLE
+
+
+def test_ctrl_c_during_an_import_is_one_message_and_leaves_nothing_behind(home, tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    os.mkfifo(source)
+    command = [sys.executable, "-c", "from app.cli import main; main()", "import", str(source), "--to", "mine"]
+    environment = {**os.environ, HOME_VARIABLE: home.uri}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        pipe = None
+        while pipe is None and process.poll() is None:
+            with suppress(OSError):  # nobody reads yet
+                pipe = os.open(source, os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        os.close(pipe)
+    assert process.returncode == 130
+    assert told == "prefloop: interrupted; nothing was imported, the same command begins anew\n"
+    assert not home.local("pairs").exists()
