@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from app.ledger import FeedbackRow, ResponseRow
 from app.schemas import Message
-from serving.gateway import MAX_BODY_BYTES, Limits, create_app
+from serving.bodies import MAX_BODY_BYTES
+from serving.gateway import Limits, create_app
 from serving.messages import Answer, Busy, Delta, Refusal, ReplicaStatus, Started, Unavailable
 from serving.recorder import Recorder
 
