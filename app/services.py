@@ -32,6 +32,7 @@ class Services:
         gateway_url: base URL of the HTTP API.
         ray_dashboard_url: base URL of Ray's dashboard, which serves the Jobs and Serve APIs.
         ray_address: `host:port` of the Ray cluster.
+        deployment: whose champion is served, and under whose name feedback is recorded.
         started_by: `user`, or `loop` where a loop started it for its simulated audience.
         pid: the process that waits in the foreground, or None where the service is detached.
         pid_started: start time of that process (seconds), because process ids are used again.
@@ -42,6 +43,7 @@ class Services:
     gateway_url: str
     ray_dashboard_url: str
     ray_address: str
+    deployment: str = "default"
     started_by: str = "user"
     pid: int | None = None
     pid_started: float | None = None

@@ -297,6 +297,11 @@ def _served(session: Session, console: Console) -> dict[str, Any]:
 def _ensure_service(session: Session, console: Console) -> None:
     services = Services.read(session.home)
     if services is not None and services.healthy():
+        wanted = session.recipe.serving.deployment
+        if services.deployment != wanted:
+            # A simulated audience would leave its feedback among that of another deployment's users.
+            msg = f"the service at {services.gateway_url} serves deployment `{services.deployment}`, the recipe is for `{wanted}`\n\nHint: stop it with `prefloop serve --stop`, or use another home."
+            raise ServiceError(msg)
         return
     console.print("serve: starting the service", highlight=False)
     settings = [part for override in session.overrides for part in ("--set", override)]

@@ -189,9 +189,11 @@ def _move(
 
 
 def _serve(home: Home, champion: ChampionRow, *, timeout_s: float) -> bool:
-    """Make every replica serve the champion; False where no service runs."""
+    """Make every replica serve the champion; False where no service of its deployment runs."""
     services = Services.read(home) if home.is_local else None
-    if services is None or not ServeApi(services.ray_dashboard_url).reachable():
+    if services is None or services.deployment != champion.deployment:
+        return False
+    if not ServeApi(services.ray_dashboard_url).reachable():
         return False
     replicas = _tell(home, champion)
     wanted = (champion.model_id, champion.revision)
@@ -261,9 +263,13 @@ def describe(result: ShipResult, deployment: str) -> str:
     """Say in one line what happened."""
     if not result.shipped:
         return f"HOLD: nothing shipped to `{deployment}`: {result.reason}"
-    where = "every replica serves it" if result.served else "no service is running, only the pointer moved"
+    where = (
+        "every replica serves it"
+        if result.served
+        else "no service of its deployment is running, only the pointer moved"
+    )
     if result.champion_before == result.model_id:
-        where = "every replica serves it" if result.served else "no service is running"
+        where = "every replica serves it" if result.served else "no service of its deployment is running"
         return f"SHIP: `{result.model_id}` is the champion of `{deployment}` already; {where}"
     return f"SHIP: `{deployment}` {result.champion_before or 'nothing'} -> {result.model_id} (revision {result.revision}; {result.reason}); {where}"
 

@@ -68,7 +68,7 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
         cluster = replace(_start_cluster(home), started_by=started_by)
     # Whoever started the cluster that was found is the one who may stop it.
     owner = started_by if cluster.ray_pid is None else cluster.started_by
-    services = replace(cluster, gateway_url=url, started_by=owner)
+    services = replace(cluster, gateway_url=url, deployment=section.deployment, started_by=owner)
     services.write(home)
     try:
         _deploy(home, section, champion, ServeApi(services.ray_dashboard_url))

@@ -113,7 +113,7 @@ class Traffic:
         with httpx.Client(headers=self._headers, timeout=_WAIT_S) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
-                model, finished = "", False
+                model, finished, told = "", False, ""
                 try:
                     body = {**self._body(self._max_tokens), "stream": True}
                     with client.stream("POST", self._url, json=body) as response:
@@ -121,12 +121,14 @@ class Traffic:
                         for line in response.iter_lines():
                             finished = finished or line == "data: [DONE]"
                             if line.startswith("data: {"):
-                                model = str(json.loads(line.removeprefix("data: "))["model"])
+                                event = json.loads(line.removeprefix("data: "))
+                                told = str(event.get("error", told))
+                                model = str(event.get("model", model))
                 except (httpx.HTTPError, ValueError) as error:
                     self._count(failure=repr(error))
                     continue
-                if not finished:
-                    self._count(failure="a stream was cut")
+                if told or not finished:
+                    self._count(failure=told or "a stream was cut")
                     continue
                 with self._lock:
                     self._record.streams.append((began, time.monotonic(), model))

@@ -13,10 +13,10 @@ from app.demo.traffic import Traffic
 
 
 class Service:
-    """Answers as `model`; `fails` and `cuts` make trouble; streams end only while `flows` is set."""
+    """Answers as `model`; `fails`, `cuts` and `breaks` make trouble; streams end only while `flows` is set."""
 
     def __init__(self):
-        self.model, self.fails, self.cuts = "old", False, False
+        self.model, self.fails, self.cuts, self.breaks = "old", False, False, False
         self.flows, self.held = threading.Event(), threading.Semaphore(0)
         self.flows.set()
 
@@ -45,6 +45,8 @@ def served(service: Service):
             if not service.flows.is_set():
                 service.held.release()
                 service.flows.wait(30)
+            if service.breaks:
+                self.wfile.write(b'data: {"error": {"message": "the model failed"}}\n\n')
             if not service.cuts:
                 self.wfile.write(b"data: [DONE]\n\n")
 
@@ -83,8 +85,8 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
     assert report["streams_across_switch"] == 2
 
 
-@pytest.mark.parametrize("trouble", ["fails", "cuts"])
-def test_a_refused_request_and_a_cut_stream_are_failures(section, trouble):
+@pytest.mark.parametrize("trouble", ["fails", "cuts", "breaks"])
+def test_a_refused_request_a_cut_stream_and_one_that_ends_in_an_error_are_failures(section, trouble):
     service = Service()
     with served(service) as url, Traffic(url, "key", section) as traffic:
         traffic.wait_for_answers()

@@ -11,6 +11,7 @@ from app.config import parse_recipe
 from app.errors import DataError, RecipeError, ServiceError, TrainingError, WorkersLost
 from app.ledger import RunRow
 from app.preferences.imports import import_files
+from app.services import Services
 from ray_jobs import loop
 from ray_jobs.loop import LoopRun, run_loop
 from ray_jobs.session import Session
@@ -174,3 +175,13 @@ def test_a_recipe_whose_gate_could_not_decide_is_refused_before_the_round_begins
     with pytest.raises(RecipeError, match="no section `evaluate`"):
         run_loop(session(evaluate=None), quiet())
     assert rounds(ledger) == []
+
+
+def test_a_simulated_audience_never_talks_to_the_service_of_another_deployment(session, home, ledger, monkeypatch):
+    monkeypatch.setattr(Services, "healthy", lambda _: True)
+    Services("http://here", "http://here", "here", deployment="default").write(home)
+    prompts = {"prompts": session().recipe.evaluate.prompts, "style": session().recipe.evaluate.judge_rules}
+    asked = session(collect=prompts, serving={"deployment": "demo"})
+    with pytest.raises(ServiceError, match="serves deployment `default`, the recipe is for `demo`"):
+        run_loop(asked, quiet())
+    assert rounds(ledger) == ["stopped"]

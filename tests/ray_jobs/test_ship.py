@@ -5,11 +5,12 @@ import shutil
 from app.config import parse_recipe
 from app.ledger import EvaluationRow, now
 from app.models import Lineage, ensure_sft, register_folder
+from app.services import ServeApi, Services
 from ray_jobs.ship import roll_back, ship
 from tests.conftest import write_tiny_model
 
 
-def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_model, tmp_path):
+def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_model, tmp_path, monkeypatch):
     sft = ensure_sft(home, ledger, str(shutil.copytree(tiny_model, tmp_path / "sft")))
     folder = write_tiny_model(tmp_path / "new", seed=1)
     model = register_folder(home, ledger, folder, name="new", lineage=Lineage(kind="merged", parent_id=sft.model_id))
@@ -26,6 +27,9 @@ def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_m
                 created_at=now(),
             )
         )
+    # What serves another deployment is left alone; nothing listens there.
+    Services("http://127.0.0.1:9", "http://127.0.0.1:9", "127.0.0.1:9", deployment="demo").write(home)
+    monkeypatch.setattr(ServeApi, "reachable", lambda _: True)
     recipe = parse_recipe({"name": "first"}, place="test")
     shipped = ship(home, ledger, recipe, None, "ana")
     assert (shipped.shipped, shipped.champion_before, shipped.served) == (True, sft.model_id, False)
