@@ -60,6 +60,9 @@ def run_demo(
     settings = [*_outside(home, style, prompts, asked), *overrides, f"collect.audience={audience}"]
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
+    path = home.local("demo", REPORT)
+    # A round that fails has no report; the one before would be taken for its.
+    path.unlink(missing_ok=True)
     began = time.time()
     arguments = [part for setting in settings for part in ("--set", setting)]
     try:
@@ -74,7 +77,6 @@ def run_demo(
         console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
         return code
     report = make_report(ledger, loaded.name, last_attempt_s=time.time() - began)
-    path = home.local("demo", REPORT)
     write_atomically(home.filesystem, str(path), json.dumps(report, indent=1).encode())
     print_closing(console, report, path, recipe)
     return code

@@ -93,10 +93,13 @@ def test_a_round_that_shipped_while_requests_failed_has_a_report_and_its_error(h
             finished_round(ledger, shipped=True)
         return 1
 
+    report = home.local("demo", "report.json")
+    report.parent.mkdir(parents=True)
+    report.write_text("of the round before")
     monkeypatch.setattr("app.demo.runner._child", loop)
     options = {"audience": "style", "style": None, "prompts": None, "overrides": []}
     assert run_demo(home, recipe=Path(RECIPE), **options) == 1
-    assert home.local("demo", "report.json").exists() == ended
+    assert report.exists() == ended
 
 
 def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
