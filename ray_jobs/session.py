@@ -105,8 +105,8 @@ def ray_cluster(home: Home) -> Any:
             Config.initialize("")
         try:
             ray.init(address=address, **arguments)
-        except (ConnectionError, RuntimeError) as error:
-            msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            msg = f"the Ray cluster at `{address}` cannot be joined: {error}\n\nHint: is it running, is the address `HOST:PORT` of its head (not of its dashboard), and is its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?"
             raise ServiceError(msg) from None
     if threading.current_thread() is threading.main_thread():
         # Ray takes SIGTERM for itself, leaves without unwinding and prints a stack of its C++ code.

@@ -1,9 +1,14 @@
-"""A job ends in order when the cluster stops it."""
+"""A job joins its cluster or says why not, and ends in order when the cluster stops it."""
 
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from app.errors import ServiceError
+from ray_jobs.session import ray_cluster
 
 JOB = """
 import time
@@ -34,3 +39,9 @@ def test_sigterm_unwinds_a_job_that_has_joined_a_cluster_as_ctrl_c_does(home, tm
         out, err = job.communicate(timeout=60)
     assert (job.returncode, out) == (130, "unwound\n")
     assert err == "job: interrupted; what was acknowledged is kept\n"
+
+
+def test_the_address_of_a_dashboard_is_refused_with_a_word_on_which_one_is_meant(home, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(ServiceError, match="`HOST:PORT` of its head"), ray_cluster(home):
+        pass
