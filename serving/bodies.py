@@ -184,17 +184,22 @@ class ChatRequest(_Body):
         return self
 
 
-class FeedbackRequest(_Body):
-    """Body of `/v1/feedback`: a thumb (up, down), an edit (the better text) or a rating (a number)."""
+class _Judgement(_Body):
+    """What every judgement says beside its verdict."""
 
-    response_id: Name
-    kind: Literal["thumb", "edit", "rating"]
-    value: Annotated[Text, Field(max_length=MAX_BODY_BYTES)] | Finite
     tags: Annotated[list[Name], Field(max_length=32)] = []
     comment: Text | None = None
     user: Name | None = None
     origin: Literal["user", "simulated"] = "user"
     event_id: Name | None = None
+
+
+class FeedbackRequest(_Judgement):
+    """Body of `/v1/feedback`: a thumb (up, down), an edit (the better text) or a rating (a number)."""
+
+    response_id: Name
+    kind: Literal["thumb", "edit", "rating"]
+    value: Annotated[Text, Field(max_length=MAX_BODY_BYTES)] | Finite
 
     @model_validator(mode="after")
     def _fits(self) -> "FeedbackRequest":
@@ -212,18 +217,13 @@ class FeedbackRequest(_Body):
         return self
 
 
-class ComparisonRequest(_Body):
+class ComparisonRequest(_Judgement):
     """Body of `/v1/comparisons`; the verdict speaks of A = `response_a` and B = `response_b`."""
 
     response_a: Name
     response_b: Name
     verdict: Literal["A>>B", "A>B", "A=B", "both_bad", "B>A", "B>>A"]
     shown_order: Annotated[list[Name], Field(min_length=2, max_length=2)] | None = None
-    tags: Annotated[list[Name], Field(max_length=32)] = []
-    comment: Text | None = None
-    user: Name | None = None
-    origin: Literal["user", "simulated"] = "user"
-    event_id: Name | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ComparisonRequest":

@@ -119,9 +119,13 @@ class Replica:
 
         # A thread that ends, unlike those of `asyncio.to_thread`: OpenMP counts the helpers that it keeps for a thread,
         # and where they outnumber the CPUs it lets all of them sleep between two operations, a sixth of a CPU's speed.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading") as thread:
-            load = functools.partial(load_serving, self._home, *target, dtype=self._dtype)
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
+        load = functools.partial(load_serving, self._home, *target, dtype=self._dtype)
+        try:
             return await asyncio.get_running_loop().run_in_executor(thread, load)
+        finally:
+            # Waiting for it here would stop every answer where the replica is told to give up loading.
+            thread.shutdown(wait=False)
 
 
 def _replica_name() -> str:

@@ -87,7 +87,9 @@ def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_round_that_shipped_while_requests_failed_has_a_report_and_its_error(home, ledger, monkeypatch, ended):
+def test_a_round_that_fails_has_a_report_only_if_it_shipped_and_never_that_of_the_round_before(
+    home, ledger, monkeypatch, ended
+):
     def loop(_command, _home):
         if ended:
             finished_round(ledger, shipped=True)
@@ -100,6 +102,7 @@ def test_a_round_that_shipped_while_requests_failed_has_a_report_and_its_error(h
     options = {"audience": "style", "style": None, "prompts": None, "overrides": []}
     assert run_demo(home, recipe=Path(RECIPE), **options) == 1
     assert report.exists() == ended
+    assert not ended or json.loads(report.read_text())["run"] == "demo-loop-1"
 
 
 def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):
