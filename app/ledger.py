@@ -179,10 +179,12 @@ class ModelRow(Base):
 
 
 class EvaluationRow(Base):
-    """The measurements of a candidate and the verdict of the gate, bound to the digest of its weights."""
+    """The measurements of a candidate and the verdict of the gate, bound to a deployment and the digest of its weights."""
 
     __tablename__ = "evaluations"
     evaluation_id: Mapped[str] = mapped_column(primary_key=True)
+    deployment: Mapped[str | None] = mapped_column(index=True)
+    """Whose champion it was compared with; None in rows of the first ledger, which no deployment ships."""
     model_id: Mapped[str] = mapped_column(index=True)
     model_digest: Mapped[str]
     champion_id: Mapped[str]
@@ -242,6 +244,20 @@ def ledger_name(url: str) -> str:
         # The text may hold a password.
         found = "no URL" if parsed is None else f"a URL of `{parsed.get_backend_name()}`"
         msg = f"the ledger must be `sqlite:///PATH` or `postgresql://USER:PASSWORD@HOST/DATABASE`, found {found}\n\nHint: look at PREFLOOP_LEDGER."
+        raise LedgerError(msg)
+    if "password" in parsed.query:
+        # Only the password of the first form is left out of messages and of what jobs are told.
+        msg = "the ledger's URL has its password in the query\n\nHint: write `postgresql://USER:PASSWORD@HOST/DATABASE` in PREFLOOP_LEDGER."
+        raise LedgerError(msg)
+    database = parsed.database
+    if (
+        parsed.get_backend_name() == "sqlite"
+        and database
+        and database != ":memory:"
+        and not Path(database).is_absolute()
+    ):
+        # Jobs and replicas run in folders of their own and would each make another ledger.
+        msg = f"the ledger `{database}` is a relative path\n\nHint: write `sqlite:///{Path(database).absolute()}` in PREFLOOP_LEDGER."
         raise LedgerError(msg)
     return parsed.render_as_string(hide_password=True)
 

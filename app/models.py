@@ -180,13 +180,14 @@ def register_folder(
     return row
 
 
-def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
+def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | None = None) -> LoadedModel:
     """Verify an artifact and load it for evaluation (`eval` mode, no gradients).
 
     Args:
         home: where the artifact lies.
         model_id: id of the artifact.
         dtype: `float32` or `bfloat16`.
+        device: where it is put; the CPU where nothing is said.
 
     Raises:
         DataError: the artifact is missing or differs from its manifest.
@@ -199,6 +200,8 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
         check_folder(folder, place=artifact.uri)
         model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
     model.train(mode=False)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
     return LoadedModel(
         model_id=model_id,
         digest=str(manifest["digest"]),
@@ -207,6 +210,22 @@ def load_model(home: Home, model_id: str, *, dtype: str) -> LoadedModel:
         template_digest=template_digest(tokenizer),
         end_ids=_end_ids(model, tokenizer),
     )
+
+
+def device_of(gpu_ids: Sequence[object]) -> torch.device:
+    """Return the device of a process that was given these GPUs: the current one, or the CPU where it was given none.
+
+    A GPU that is only visible belongs to somebody else.
+
+    Raises:
+        ModelError: GPUs were given, and this torch sees none.
+    """
+    if not gpu_ids:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        msg = f"the process was given {len(gpu_ids)} GPU(s), but torch {torch.__version__} finds none\n\nHint: install a CUDA build of torch on that machine, or set workers.use_gpu to false (serving.gpus_per_replica to 0)."
+        raise ModelError(msg)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
@@ -352,10 +371,9 @@ def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
     if not matching or not Path(sft).is_dir():
         return matching[-1] if matching else None
     # A folder may have changed since it was brought in.
-    names = [f for f in matching[-1].manifest["files"] if f != "README.md"]
-    same = all(
-        Path(sft, f).is_file() and _sha256(Path(sft, f)) == matching[-1].manifest["files"][f]["sha256"] for f in names
-    )
+    kept = {f: known["sha256"] for f, known in matching[-1].manifest["files"].items() if f != "README.md"}
+    found = {path.relative_to(sft).as_posix(): path for path in _wanted_files(Path(sft)) if path.name != "README.md"}
+    same = kept.keys() == found.keys() and all(_sha256(path) == kept[f] for f, path in found.items())
     return matching[-1] if same else None
 
 
@@ -387,15 +405,24 @@ def _convert_embedded(home: Home, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _wanted_files(folder: Path) -> list[Path]:
+    """List what is brought in: a download from the hub has a licence, hidden folders and weights in other formats too."""
+    return [
+        path
+        for path in _files(folder)
+        if path.suffix in _ALLOWED_SUFFIXES
+        and path.name != MANIFEST
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def _copy_checkpoint(sft: str, folder: Path) -> str:
     if Path(sft).is_dir():
         _check_weights(Path(sft), place=sft)
-        # A download from the hub brings a licence, hidden folders and often the weights in other formats.
-        for path in sorted(Path(sft).rglob("*")):
+        for path in _wanted_files(Path(sft)):
             inside = path.relative_to(sft)
-            if path.suffix in _ALLOWED_SUFFIXES and not any(part.startswith(".") for part in inside.parts):
-                (folder / inside.parent).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / inside)
+            (folder / inside.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inside)
         return str(Path(sft).resolve())
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
         msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, or a hub id such as `owner/name`."

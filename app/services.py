@@ -71,7 +71,7 @@ class Services:
     def healthy(self) -> bool:
         """Ask the gateway whether it can answer."""
         try:
-            return httpx.get(f"{self.gateway_url}/healthz", timeout=10).status_code == httpx.codes.OK
+            return httpx.get(f"{self.gateway_url}/healthz", timeout=10, trust_env=False).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
@@ -88,11 +88,22 @@ class ServeApi:
         self.url = dashboard_url.rstrip("/")
 
     def reachable(self) -> bool:
-        """Tell whether a dashboard answers here and accepts the token."""
+        """Tell whether a dashboard listens here.
+
+        Raises:
+            ServiceError: something listens, but does not answer or refuses the token. That is not the same as nothing: a
+                service may run behind it.
+        """
         try:
-            return self._request("GET", "/api/version").status_code == httpx.codes.OK
-        except ServiceError:
+            reply = self._request("GET", "/api/version")
+        except httpx.ConnectError:
             return False
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+        if reply.is_error:
+            msg = f"what listens at `{self.url}` refused with {reply.status_code}: {reply.text.strip()[-300:]}\n\nHint: is Ray's token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token the one that the cluster was started with? If the recorded service is gone and another cluster listens there, remove `services.json` in the home."
+            raise ServiceError(msg)
+        return True
 
     def details(self) -> dict[str, Any]:
         """Return what Serve says of itself: HTTP options, and each application with its deployments and replicas.
@@ -115,7 +126,10 @@ class ServeApi:
         self._checked("PUT", config)
 
     def _checked(self, method: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        reply = self._request(method, "/api/serve/applications/", body)
+        try:
+            reply = self._request(method, "/api/serve/applications/", body)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
         if reply.is_error:
             msg = f"Ray Serve at `{self.url}` refused with {reply.status_code}: {reply.text.strip()[-1000:]}"
             raise ServiceError(msg)
@@ -124,11 +138,13 @@ class ServeApi:
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        try:
-            return httpx.request(method, f"{self.url}{path}", json=body, headers=headers, timeout=60)
-        except httpx.HTTPError as error:
-            msg = f"Ray's dashboard at `{self.url}` cannot be reached ({type(error).__name__})\n\nHint: start the service with `prefloop serve RECIPE.yaml`."
-            raise ServiceError(msg) from None
+        # What listens on this machine or in this cluster is not behind the proxy of the environment.
+        return httpx.request(method, f"{self.url}{path}", json=body, headers=headers, timeout=60, trust_env=False)
+
+    def _silent(self, error: httpx.HTTPError) -> ServiceError:
+        return ServiceError(
+            f"Ray's dashboard at `{self.url}` cannot be reached ({type(error).__name__})\n\nHint: start the service with `prefloop serve RECIPE.yaml`."
+        )
 
 
 def submitted_runtime_env() -> dict[str, Any]:

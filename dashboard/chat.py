@@ -224,8 +224,11 @@ def _regenerate(gateway: Gateway, conversation: Conversation, index: int, turn: 
 
 
 def _thumb(gateway: Gateway, turn: Turn) -> None:
-    chosen = st.session_state.get(f"thumb-{turn.answer.response_id}")
+    key = f"thumb-{turn.answer.response_id}"
+    chosen = st.session_state.get(key)
     if chosen is None:
+        # A second click would clear the thumb on the screen only: what was sent is kept, and can be turned over.
+        st.session_state[key] = None if turn.thumb is None else int(turn.thumb == "up")
         return
     value = "up" if chosen else "down"
     try:

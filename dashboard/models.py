@@ -40,14 +40,14 @@ def page() -> None:
     if not found:
         parts.empty("No model yet.", f"The service brings the SFT checkpoint in: prefloop serve {where.recipe_name}")
         return
-    row = _choose(ledger, found, champion)
+    row = _choose(ledger, where, found, champion)
     _verdict(ledger, where, running, row, champion)
     _lineage(ledger, where, row)
 
 
-def _choose(ledger: Ledger, found: list[ModelRow], champion: ChampionRow | None) -> ModelRow:
+def _choose(ledger: Ledger, where: Standing, found: list[ModelRow], champion: ChampionRow | None) -> ModelRow:
     at = now()
-    verdicts = reads.verdicts(ledger, [row.model_id for row in found])
+    verdicts = reads.verdicts(ledger, where.deployment, [row.model_id for row in found])
     event = st.dataframe(
         [
             {
@@ -85,7 +85,7 @@ def _verdict(
     ledger: Ledger, where: Standing, running: Jobs | None, row: ModelRow, champion: ChampionRow | None
 ) -> None:
     st.subheader("Verdict of the gate", anchor=False)
-    evaluation = next(iter(reads.evaluations(ledger, row.model_id, limit=1)), None)
+    evaluation = reads.evaluation(ledger, where.deployment, row.model_id)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
             with st.container(horizontal=True, vertical_alignment="center", width="content"):
@@ -105,7 +105,7 @@ def _verdict(
                     f"and SFT {evaluation.sft_id}"
                 )
         if evaluation is None:
-            st.text("No evaluation of these weights.")
+            st.text(f"No evaluation of these weights for deployment `{where.deployment}`.")
             st.text(f"Run: prefloop evaluate {where.recipe_name}")
         else:
             _rules(evaluation.report)

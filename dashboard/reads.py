@@ -150,7 +150,7 @@ def signals(ledger: Ledger, deployment: str) -> Signals:
 def loop(ledger: Ledger, deployment: str) -> Loop:
     """Read the newest of each step of the loop."""
     pairs = newest_built(ledger, deployment)
-    newest_run = next(iter(training_runs(ledger, limit=1)), None)
+    newest_run = next(iter(training_runs(ledger, deployment, limit=1)), None)
     output = newest_run.output_model_id if newest_run else None
     candidate = model(ledger, output) if output else None
     signals_now = signals(ledger, deployment)
@@ -163,7 +163,7 @@ def loop(ledger: Ledger, deployment: str) -> Loop:
         run=newest_run,
         steps=last_step(ledger, newest_run.run_id) if newest_run else 0,
         candidate=candidate,
-        evaluation=next(iter(evaluations(ledger, candidate.model_id, limit=1)), None) if candidate else None,
+        evaluation=evaluation(ledger, deployment, candidate.model_id) if candidate else None,
         champion=ledger.champion(deployment),
         ships=_ships(ledger, deployment),
     )
@@ -217,12 +217,15 @@ def runs(ledger: Ledger, *, limit: int) -> list[RunRow]:
         return list(session.scalars(sa.select(RunRow).order_by(RunRow.created_at.desc()).limit(limit)))
 
 
-def training_runs(ledger: Ledger, *, limit: int) -> list[RunRow]:
-    """Return the newest runs that train."""
+def training_runs(ledger: Ledger, deployment: str, *, limit: int) -> list[RunRow]:
+    """Return the newest runs that train for a deployment."""
     with ledger.read() as session:
         return list(
             session.scalars(
-                sa.select(RunRow).where(RunRow.kind == TRAIN).order_by(RunRow.created_at.desc()).limit(limit)
+                sa.select(RunRow)
+                .where(RunRow.kind == TRAIN, RunRow.recipe["serving"]["deployment"].as_string() == deployment)
+                .order_by(RunRow.created_at.desc())
+                .limit(limit)
             )
         )
 
@@ -275,25 +278,23 @@ def ancestors(ledger: Ledger, model_id: str) -> list[ModelRow]:
     return chain
 
 
-def evaluations(ledger: Ledger, model_id: str, *, limit: int) -> list[EvaluationRow]:
-    """Return the newest evaluations of a model."""
+def evaluation(ledger: Ledger, deployment: str, model_id: str) -> EvaluationRow | None:
+    """Return the newest evaluation of a model for a deployment."""
     with ledger.read() as session:
-        return list(
-            session.scalars(
-                sa.select(EvaluationRow)
-                .where(EvaluationRow.model_id == model_id)
-                .order_by(EvaluationRow.created_at.desc())
-                .limit(limit)
-            )
+        return session.scalar(
+            sa.select(EvaluationRow)
+            .where(EvaluationRow.deployment == deployment, EvaluationRow.model_id == model_id)
+            .order_by(EvaluationRow.created_at.desc())
+            .limit(1)
         )
 
 
-def verdicts(ledger: Ledger, model_ids: Sequence[str]) -> dict[str, str]:
-    """Return the newest verdict of each of some models; models without an evaluation are left out."""
+def verdicts(ledger: Ledger, deployment: str, model_ids: Sequence[str]) -> dict[str, str]:
+    """Return the newest verdict for a deployment of each of some models; models that have none are left out."""
     with ledger.read() as session:
         rows = session.execute(
             sa.select(EvaluationRow.model_id, EvaluationRow.verdict)
-            .where(EvaluationRow.model_id.in_(model_ids))
+            .where(EvaluationRow.deployment == deployment, EvaluationRow.model_id.in_(model_ids))
             .order_by(EvaluationRow.created_at)
         ).all()
     return {row.model_id: row.verdict for row in rows}

@@ -77,7 +77,7 @@ class Gateway:
     def health(self) -> Health:
         """Ask what is served; raises ServiceError where nothing answers."""
         with _explained("the gateway", self._url):
-            reply = httpx.get(f"{self._url}/healthz", timeout=_QUICK)
+            reply = httpx.get(f"{self._url}/healthz", timeout=_QUICK, trust_env=False)
             if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 _checked(reply, "the gateway")
             body = reply.json()
@@ -108,7 +108,12 @@ class Gateway:
         with (
             _explained("the gateway", self._url),
             httpx.stream(
-                "POST", f"{self._url}/v1/chat/completions", json=body, headers=self._headers, timeout=_PATIENT
+                "POST",
+                f"{self._url}/v1/chat/completions",
+                json=body,
+                headers=self._headers,
+                timeout=_PATIENT,
+                trust_env=False,
             ) as reply,
         ):
             if reply.is_error:
@@ -159,7 +164,7 @@ class Gateway:
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with _explained("the gateway", self._url):
-            reply = httpx.post(f"{self._url}{path}", json=body, headers=self._headers, timeout=_QUICK)
+            reply = httpx.post(f"{self._url}{path}", json=body, headers=self._headers, timeout=_QUICK, trust_env=False)
             content: dict[str, Any] = _checked(reply, "the gateway").json()
         return content
 
@@ -198,7 +203,9 @@ class Jobs:
 
     def _get(self, path: str) -> httpx.Response:
         with _explained("Ray", self._url):
-            return _checked(httpx.get(f"{self._url}{path}", headers=_ray_headers(), timeout=_QUICK), "Ray")
+            return _checked(
+                httpx.get(f"{self._url}{path}", headers=_ray_headers(), timeout=_QUICK, trust_env=False), "Ray"
+            )
 
     def _submit(self, submission_id: str, module: str, *arguments: str) -> str:
         if self._recipe is None:
@@ -212,7 +219,9 @@ class Jobs:
             "metadata": {"started_by": "dashboard", "actor": self._actor},
         }
         with _explained("Ray", self._url):
-            reply = httpx.post(f"{self._url}/api/jobs/", json=body, headers=_ray_headers(), timeout=httpx.Timeout(60))
+            reply = httpx.post(
+                f"{self._url}/api/jobs/", json=body, headers=_ray_headers(), timeout=httpx.Timeout(60), trust_env=False
+            )
             if reply.is_error and "already exists" in reply.text:
                 return submission_id  # the same click, sent twice
             _checked(reply, "Ray")

@@ -18,7 +18,7 @@ from app.evaluation.prompts import Prompt
 from app.evaluation.suites import ANSWER_SCHEMA, Answer
 from app.generation import Completion, GenerationRequest, context_window, generate
 from app.ledger import ModelRow
-from app.models import load_model, render_prompt
+from app.models import device_of, load_model, render_prompt
 from app.schemas import FinishReason, Message, content_hash
 from app.storage import Artifact, Home
 
@@ -70,9 +70,7 @@ class ModelActor:
         import torch
 
         torch.set_num_threads(threads)
-        self._loaded = load_model(Home.at(home_uri), model_id, dtype=dtype)
-        if torch.cuda.is_available():
-            self._loaded.model.to("cuda")  # type: ignore[arg-type]
+        self._loaded = load_model(Home.at(home_uri), model_id, dtype=dtype, device=device_of(ray.get_gpu_ids()))
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
         """Answer prompts greedily; one that fills the model's context gets an empty answer that was cut."""

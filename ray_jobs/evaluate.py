@@ -21,6 +21,7 @@ from app.config import EvaluateSection, Recipe
 from app.errors import HOLD_EXIT_CODE, DataError
 from app.evaluation import suites
 from app.evaluation.gate import Measurements, Sides, decide
+from app.evaluation.learning import reward_accuracy
 from app.evaluation.prompts import Prompt, load_prompts
 from app.evaluation.ratings import Estimate, Resampling
 from app.evaluation.report import EvaluationReport
@@ -32,7 +33,8 @@ from app.schemas import content_hash
 from app.storage import Home, write_atomically
 from ray_jobs.answers import Decoding, Given, Resources, Wanted, gather
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.session import Session, ray_cluster, require_room, run_job
+from ray_jobs.worker import held_out_measures
 
 _SEED = 0
 
@@ -52,7 +54,7 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
 
     Args:
         home: where models and answers lie.
-        ledger: holds models, the champion and the run's metrics; gets the verdict.
+        ledger: holds models and the champion; gets the verdict.
         recipe: its sections `evaluate`, `serving` (compute type, deployment) and `workers` (resources) are used.
         model_id: the candidate.
         run_id: the run that trained it, for the held-out reward accuracy; None where there is none.
@@ -60,23 +62,26 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     Raises:
         DataError: prompts, rules, golden cases, neutral text or the model cannot be read.
         RecipeError: the recipe has no section `evaluate`.
+        ServiceError: the cluster has no room for a model.
     """
     section = recipe.evaluation()
     material = read_material(section)
     candidate = _model(ledger, model_id)
     sft = ensure_sft(home, ledger, recipe.model.sft)
-    shipped = ledger.champion(recipe.serving.deployment)
+    deployment = recipe.serving.deployment
+    shipped = ledger.champion(deployment)
     champion = sft if shipped is None else _model(ledger, shipped.model_id)
-    accuracy = _reward_accuracy(ledger, run_id)
+    resampling = Resampling(section.gate.level, section.bootstrap_samples, _SEED)
+    accuracy = _reward_accuracy(home, run_id, resampling)
     decoding = Decoding(section.max_new_tokens, section.batch_size, recipe.serving.dtype)
-    identity = _identity(candidate, champion, sft, material, section, decoding, accuracy)
+    identity = _identity(deployment, candidate, champion, sft, material, section, decoding, accuracy)
     with ledger.read() as session:
         known = session.get(EvaluationRow, identity)
     if known is not None:
         return _asked_again(ledger, identity)
     given = _answers(home, recipe, material, decoding, candidate, champion, sft)
     measurements = _measure(
-        given[candidate.model_id], given[champion.model_id], given[sft.model_id], material, section, accuracy
+        given[candidate.model_id], given[champion.model_id], given[sft.model_id], material, resampling, accuracy
     )
     report = EvaluationReport(
         evaluation_id=identity,
@@ -89,7 +94,8 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
         measurements=measurements,
         verdict=decide(measurements, section.gate),
     )
-    return _store(home, ledger, report, candidate, run_id, {name: g.artifacts for name, g in given.items()})
+    artifacts = {name: g.artifacts for name, g in given.items()}
+    return _store(home, ledger, report, deployment, candidate, run_id, artifacts)
 
 
 def read_material(section: EvaluateSection) -> Material:
@@ -120,24 +126,13 @@ def _model(ledger: Ledger, model_id: str) -> ModelRow:
         return row
 
 
-def _reward_accuracy(ledger: Ledger, run_id: str | None) -> Estimate | None:
-    with ledger.read() as session:
-        run = None if run_id is None else session.get(RunRow, run_id)
-    learning = None if run is None else run.metrics.get("learning")
-    if learning is None:
-        return None
-    return Estimate(
-        value=learning["accuracy"],
-        low=learning["low"],
-        high=learning["high"],
-        level=learning["level"],
-        n=learning["pairs"],
-        n_clusters=learning["clusters"],
-        method="bootstrap" if learning["pairs"] else "empty",
-    )
+def _reward_accuracy(home: Home, run_id: str | None, resampling: Resampling) -> Estimate | None:
+    measures = held_out_measures(home, run_id) if run_id is not None else []
+    return reward_accuracy(measures, resampling=resampling) if measures else None
 
 
 def _identity(
+    deployment: str,
     candidate: ModelRow,
     champion: ModelRow,
     sft: ModelRow,
@@ -147,6 +142,7 @@ def _identity(
     accuracy: Estimate | None,
 ) -> str:
     content = [
+        deployment,
         [candidate.digest, champion.digest, sft.digest],
         [[p.id, p.cluster, p.text] for p in material.prompts],
         [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
@@ -181,6 +177,7 @@ def _answers(
         for name, row in models.items()
     ]
     workers = recipe.workers
+    require_room(workers, 1)  # the models answer one after another where there is no more
     resources = Resources(
         cpus=workers.cpus_per_worker,
         gpus=1 if workers.use_gpu else 0,
@@ -202,10 +199,9 @@ def _measure(
     champion: Given,
     sft: Given,
     material: Material,
-    section: EvaluateSection,
+    resampling: Resampling,
     accuracy: Estimate | None,
 ) -> Measurements:
-    resampling = Resampling(section.gate.level, section.bootstrap_samples, _SEED)
     judge = RuleJudge(material.style)
     texts = {prompt.id: prompt.text for prompt in material.prompts}
     mine, theirs, base = candidate.answers[0], champion.answers[0], sft.answers[0]
@@ -246,11 +242,16 @@ def _store(
     home: Home,
     ledger: Ledger,
     report: EvaluationReport,
+    deployment: str,
     candidate: ModelRow,
     run_id: str | None,
     answers: dict[str, tuple[str, ...]],
 ) -> EvaluationRow:
-    content = {**report.as_json(), "answers": {name: list(artifacts) for name, artifacts in answers.items()}}
+    content = {
+        **report.as_json(),
+        "deployment": deployment,
+        "answers": {name: list(artifacts) for name, artifacts in answers.items()},
+    }
     artifact = home.artifact("evaluations", report.evaluation_id)
     files = {"report.json": json.dumps(content, indent=1, ensure_ascii=False), "report.md": report.as_markdown()}
     for name, text in files.items():
@@ -258,6 +259,7 @@ def _store(
     artifact.write_manifest({"kind": "evaluation", "model": candidate.model_id, "digest": candidate.digest})
     row = EvaluationRow(
         evaluation_id=report.evaluation_id,
+        deployment=deployment,
         model_id=candidate.model_id,
         model_digest=candidate.digest,
         champion_id=report.champion_id,
@@ -281,24 +283,33 @@ def _asked_again(ledger: Ledger, evaluation_id: str) -> EvaluationRow:
     return row
 
 
-def _newest(ledger: Ledger) -> ModelRow:
+def newest_trained(ledger: Ledger, deployment: str) -> ModelRow:
+    """Return the newest model that a run trained for a deployment; raises DataError where there is none."""
     with ledger.read() as session:
         row = session.scalar(
-            sa.select(ModelRow).where(ModelRow.kind != "sft").order_by(ModelRow.created_at.desc()).limit(1)
+            sa.select(ModelRow)
+            .join(RunRow, RunRow.run_id == ModelRow.run_id)
+            .where(RunRow.recipe["serving"]["deployment"].as_string() == deployment)
+            .order_by(ModelRow.created_at.desc())
+            .limit(1)
         )
     if row is None:
-        msg = "there is no trained model to evaluate\n\nHint: run `prefloop train`, or name one with --model."
+        msg = f"no model was trained for deployment `{deployment}`\n\nHint: run `prefloop train`, or name a model with --model."
         raise DataError(msg)
     return row
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="model id of the candidate; default: the newest that was trained")
+    parser.add_argument(
+        "--model", help="model id of the candidate; default: the newest that was trained for the deployment"
+    )
 
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     home, ledger, recipe = session.home, session.ledger, session.recipe
-    candidate = _newest(ledger) if options.model is None else _model(ledger, options.model)
+    candidate = (
+        newest_trained(ledger, recipe.serving.deployment) if options.model is None else _model(ledger, options.model)
+    )
     with ray_cluster(home):
         row = evaluate(home, ledger, recipe, candidate.model_id, candidate.run_id)
     Console().print(

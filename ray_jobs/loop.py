@@ -45,6 +45,9 @@ from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
 from ray_jobs.train import print_learning, train
 
+_CROSSING_STREAMS = 2
+"""Streams that must have been open while the champion changed, so that "none was cut" says something."""
+
 
 class LoopRun:
     """One round of the loop: its row in the ledger, with what each finished stage made."""
@@ -159,9 +162,12 @@ def _run_round(session: Session, console: Console) -> int:
         hopeless = isinstance(error, DataError | TrainingError) and not isinstance(error, WorkersLost)
         run.end("failed" if hopeless and "train" not in run.metrics["stages"] else "stopped", error=str(error))
         raise
-    failed = run.metrics["stages"].get("ship", {}).get("failed_requests", 0)
-    if failed:
+    shipped = run.metrics["stages"].get("ship", {})
+    if failed := shipped.get("failed_requests", 0):
         msg = f"round `{run.run_id}` shipped, but {failed} simulated requests failed or were cut while the champion changed"
+        raise ServiceError(msg)
+    if shipped.get("requests_during_switch") and (crossed := shipped["streams_across_switch"]) < _CROSSING_STREAMS:
+        msg = f"round `{run.run_id}` shipped, but only {crossed} simulated streams were open while the champion changed, so nothing shows that none is cut"
         raise ServiceError(msg)
     return 0 if verdict == "SHIP" else HOLD_EXIT_CODE
 

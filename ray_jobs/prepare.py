@@ -19,18 +19,19 @@ import pyarrow as pa
 import ray
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from app.config import Recipe
 from app.errors import DataError
 from app.generation import context_window
 from app.ledger import Ledger, ModelRow, SnapshotRow
-from app.models import check_descent, ensure_sft, load_model
+from app.models import check_descent, device_of, ensure_sft, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
-from app.training.batch import PackedBatch, token_bins
+from app.training.batch import PackedBatch
 from app.training.policy import autocast
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.snapshots import (
     Binding,
     from_row,
@@ -42,7 +43,7 @@ from app.training.snapshots import (
 )
 from app.training.tokenization import Group, encode_groups
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
 
@@ -149,9 +150,15 @@ def _with_reference(
 def score_reference(
     home: Home, model_id: str, groups: list[Group], recipe: Recipe, console: Console | None
 ) -> list[Group]:
-    """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order."""
+    """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order.
+
+    Raises:
+        ServiceError: the cluster has no room for the actors.
+        DataError: rows were lost.
+    """
     unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
     workers = recipe.workers
+    require_room(workers, workers.workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -194,9 +201,8 @@ class ReferenceScorer:
 
     def __init__(self, home_uri: str, model_id: str, dtype: str, token_budget: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        loaded = load_model(Home.at(home_uri), model_id, dtype=dtype)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scorer = ScoringModel(loaded.model).to(self.device)
+        self.device = device_of(ray.get_gpu_ids())
+        self.scorer = ScoringModel(load_model(Home.at(home_uri), model_id, dtype=dtype, device=self.device).model)
         self.dtype = dtype
         self.token_budget = token_budget
 
@@ -204,23 +210,14 @@ class ReferenceScorer:
         """Fill in `reference_logps`."""
         groups = groups_of_table(table)
         indices = table["row_index"].to_pylist()
-        scored = {group.group_id: group for group in self._score(groups)}
-        rows = [to_row(scored[g.group_id], index) for g, index in zip(groups, indices, strict=True)]
+        scored = with_reference_logps(groups, self._score, token_budget=self.token_budget)
+        rows = [to_row(group, index) for group, index in zip(scored, indices, strict=True)]
         return pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA)
 
-    def _score(self, groups: list[Group]) -> list[Group]:
-        out: list[Group] = []
-        with torch.no_grad():
-            for members in token_bins(groups, self.token_budget):
-                batch = PackedBatch.pack(members).to(self.device)
-                with autocast(self.device, self.dtype):
-                    logps = self.scorer(batch).logps.double().tolist()
-                offset = 0
-                for group in members:
-                    count = len(group.responses)
-                    out.append(replace(group, reference_logps=tuple(logps[offset : offset + count])))
-                    offset += count
-        return out
+    def _score(self, batch: PackedBatch) -> Tensor:
+        with autocast(self.device, self.dtype):
+            logps: Tensor = self.scorer(batch.to(self.device)).logps
+        return logps
 
 
 def _body(session: Session, options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from typing import Any
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
 
-from app.config import Recipe, load_recipe
+from app.config import Recipe, WorkerSection, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
 from app.services import ServeApi, Services, ensure_ray_token, ray_token, submitted_runtime_env
 from app.storage import HOME_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+_FREED_S = 5.0
 _CHATTY = (
     "ray.train",
     # Ray Data configures its own `ray.data` logger when it first runs; what lies below it keeps its level.
@@ -117,6 +119,40 @@ def ray_cluster(home: Home) -> Any:
         yield
     finally:
         ray.shutdown()
+
+
+def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) -> None:
+    """Refuse to start what Ray would let wait for ever without a word.
+
+    Args:
+        workers: what one worker asks for.
+        count: workers that must run at once.
+        reading: CPUs that must be free beside them.
+
+    Raises:
+        ServiceError: no node is large enough for one worker, or the cluster has too little that is free.
+    """
+    one = {"CPU": workers.cpus_per_worker, "GPU": 1.0 if workers.use_gpu else 0.0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(kind, 0.0) >= number for kind, number in one.items()) for node in nodes):
+        largest = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+        msg = f"a worker needs {one['CPU']:g} CPUs and {one['GPU']:g} GPUs on one node; the nodes have {largest}\n\nHint: lower workers.cpus_per_worker, or set workers.use_gpu to false."
+        raise ServiceError(msg)
+    needed = {kind: number * count for kind, number in one.items()}
+    needed["CPU"] += reading
+    end = time.monotonic() + _FREED_S
+    while True:
+        free = ray.available_resources()
+        short = [kind for kind, number in needed.items() if free.get(kind, 0.0) < number]
+        if not short:
+            return
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)  # what the stage before gave back may still be on its way
+    beside = f" and {reading:g} for reading" if reading else ""
+    text = ", ".join(f"need {needed[kind]:g} {kind}s, the cluster has {free.get(kind, 0.0):g} free" for kind in short)
+    msg = f"{count} worker(s) with {one['CPU']:g} CPUs{beside} {text}\n\nHint: lower workers.workers or workers.cpus_per_worker, or wait for other jobs to end."
+    raise ServiceError(msg)
 
 
 def _running_cluster(home: Home) -> str | None:

@@ -59,7 +59,7 @@ def ship(
         home: where artifacts and the record of the service are.
         ledger: where verdicts and the champion are.
         recipe: names the deployment.
-        model_id: the candidate; None takes the model of the newest evaluation.
+        model_id: the candidate; None takes the model of the deployment's newest evaluation.
         actor: who ships, for the audit log.
         timeout_s: how long the replicas may take.
 
@@ -70,10 +70,10 @@ def ship(
     """
     deployment = recipe.serving.deployment
     before = ledger.champion(deployment)
-    evaluation = _newest_evaluation(ledger, model_id)
+    evaluation = _newest_evaluation(ledger, deployment, model_id)
     if evaluation is None:
         whose = f"model `{model_id}` has" if model_id else "there is"
-        return _held(before, model_id, f"{whose} no evaluation; run `evaluate` first")
+        return _held(before, model_id, f"{whose} no evaluation for deployment `{deployment}`; run `evaluate` first")
     model = _model(ledger, evaluation.model_id)
     if evaluation.verdict != "SHIP":
         return _held(
@@ -128,8 +128,9 @@ def _held(before: ChampionRow | None, model_id: str | None, reason: str) -> Ship
     )
 
 
-def _newest_evaluation(ledger: Ledger, model_id: str | None) -> EvaluationRow | None:
-    query = sa.select(EvaluationRow).order_by(EvaluationRow.created_at.desc()).limit(1)
+def _newest_evaluation(ledger: Ledger, deployment: str, model_id: str | None) -> EvaluationRow | None:
+    query = sa.select(EvaluationRow).where(EvaluationRow.deployment == deployment)
+    query = query.order_by(EvaluationRow.created_at.desc()).limit(1)
     if model_id is not None:
         query = query.where(EvaluationRow.model_id == model_id)
     with ledger.read() as session:
@@ -234,7 +235,10 @@ def _tell(home: Home, champion: ChampionRow) -> int:
 def _replicas(services: Services, key: str) -> list[dict[str, Any]]:
     try:
         reply = httpx.get(
-            f"{services.gateway_url}/v1/admin/status", headers={"Authorization": f"Bearer {key}"}, timeout=30
+            f"{services.gateway_url}/v1/admin/status",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=30,
+            trust_env=False,
         )
         found: list[dict[str, Any]] = reply.json()["replicas"] if reply.is_success else []
     except (httpx.HTTPError, ValueError):
@@ -244,7 +248,7 @@ def _replicas(services: Services, key: str) -> list[dict[str, Any]]:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="candidate; default: the model of the newest evaluation")
+    which.add_argument("--model", help="candidate; default: the model of the deployment's newest evaluation")
     which.add_argument("--rollback", action="store_true", help="go back to the previous champion")
     parser.add_argument("--actor", help="who ships, for the audit log; default: the user")
 

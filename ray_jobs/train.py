@@ -39,7 +39,7 @@ from app.training.loop import PairMeasure
 from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.session import Session, ray_cluster, require_room, run_job
 from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, epoch_dataset, train_worker
 
 _READ_CPUS = 0.25
@@ -105,7 +105,8 @@ def train(
     """Train one run to its end and register its model; progress is printed to the console.
 
     Raises:
-        DataError: the snapshot does not fit the recipe or has too few pairs.
+        DataError: the snapshot differs from its manifest, does not fit the recipe or has too few pairs.
+        ServiceError: the cluster has no room for the workers.
         WorkersLost: workers failed more often than `workers.max_failures`; the same run id continues.
         TrainingError: a worker refused to go on (another reference, packing that is not exact, a loss that is not
             finite), which is not tried again.
@@ -114,6 +115,7 @@ def train(
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     snapshot = home.artifact("training", training_snapshot_id)
+    snapshot.verify()
     files = tuple(train_files(snapshot))
     section, steps = _lengthened(recipe.train, files)
     _check_snapshot(home, snapshot, recipe, start, reference)
@@ -131,6 +133,7 @@ def train(
     try:
         with _progress(ledger, task, console):
             _fit(home, recipe, snapshot, task)
+        return _finish(home, ledger, recipe, task)
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
         if isinstance(refusal, _REFUSALS):
@@ -147,7 +150,6 @@ def train(
     except KeyboardInterrupt:
         _record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
-    return _finish(home, ledger, recipe, task)
 
 
 def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:
@@ -211,11 +213,7 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
 
 def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
     workers = recipe.workers
-    needed = workers.workers * workers.cpus_per_worker + _READ_CPUS
-    available = ray.available_resources().get("CPU", 0.0)
-    if available < needed:
-        msg = f"{workers.workers} workers with {workers.cpus_per_worker} CPUs and {_READ_CPUS} for reading need {needed} CPUs, the cluster has {available:g} free\n\nHint: lower workers.cpus_per_worker or workers.workers."
-        raise TrainingError(msg)
+    require_room(workers, workers.workers, reading=_READ_CPUS)
     options = ray.data.ExecutionOptions(preserve_order=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

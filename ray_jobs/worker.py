@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from app.config import TrainSection
 from app.errors import DataError
-from app.models import load_model
+from app.models import device_of, load_model
 from app.schemas import Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
@@ -36,10 +38,11 @@ from app.training.loop import (
     check_step_zero,
     make_optimizer,
     measure,
+    measure_exported,
     optimise,
 )
 from app.training.objectives import dpo
-from app.training.policy import build_policy, merged_model
+from app.training.policy import build_policy
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
@@ -90,7 +93,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0."""
     task: TrainTask = settings["task"]
     torch.set_num_threads(task.threads)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(ray.get_gpu_ids())
     workers: Workers = DistributedWorkers() if dist.is_initialized() and dist.get_world_size() > 1 else SingleWorker()
     home, section = task.home(), task.section
     # Full fine-tuning keeps fp32 master weights; a frozen base may lie in the compute type.
@@ -108,9 +111,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
     done, skipped = load_newest(home, task.identity, policy, optimizer)
-    measured = functools.partial(measure, objective=objective, section=section, workers=workers)
     if not done:
-        few = (held_out or _first_groups(task))[:_STEP_ZERO_GROUPS]
+        few = _few(held_out or _first_groups(task), section.micro_batch_tokens)
         check_packing(policy, few, section=section)
         if task.policy_is_reference:
             check_step_zero(policy, few, section=section)
@@ -131,16 +133,16 @@ def train_worker(settings: dict[str, Any]) -> None:
         metrics = asdict(report)
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
-            metrics |= _summary(measured(policy, held_out))
+            metrics |= _summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
         if report.step % section.checkpoint_every == 0 or last:
             if workers.rank == 0:
                 save_checkpoint(home, task.identity, policy, optimizer, step=report.step)
             _barrier(workers)
         ray.train.report(metrics)
 
-    measures = measured(policy, held_out) if held_out else []
+    model, measures = measure_exported(policy, held_out, objective=objective, section=section, workers=workers)
     if workers.rank == 0:
-        _export(task, policy, start.tokenizer, measures)
+        _export(task, model, start.tokenizer, measures)
     _barrier(workers)
 
 
@@ -197,6 +199,16 @@ def _in_order(batches: Iterable[pa.Table], indices: Iterator[int]) -> Iterator[G
             yield group
 
 
+def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
+    """Take a few groups that fit in one micro-batch, at least one."""
+    few: list[Group] = []
+    for group in groups[:_STEP_ZERO_GROUPS]:
+        if few and sum(g.num_tokens for g in few) + group.num_tokens > token_budget:
+            break
+        few.append(group)
+    return few
+
+
 def _first_groups(task: TrainTask) -> list[Group]:
     return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
 
@@ -211,7 +223,7 @@ def _summary(measures: Sequence[PairMeasure]) -> dict[str, float]:
     }
 
 
-def _export(task: TrainTask, policy: Any, tokenizer: Any, measures: Sequence[PairMeasure]) -> None:
+def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: Sequence[PairMeasure]) -> None:
     home = task.home()
     artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
     filesystem = artifact.filesystem
@@ -219,11 +231,8 @@ def _export(task: TrainTask, policy: Any, tokenizer: Any, measures: Sequence[Pai
         filesystem.rm(artifact.path, recursive=True)
     filesystem.makedirs(artifact.path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prefloop-export-") as scratch:
-        model = merged_model(policy)
         model.set_attn_implementation("sdpa")
         model.config.use_cache = True
-        if task.section.dtype == "bfloat16":
-            model.bfloat16()
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).rglob("*")):
@@ -233,6 +242,16 @@ def _export(task: TrainTask, policy: Any, tokenizer: Any, measures: Sequence[Pai
     result = {"measures": [asdict(m) for m in measures], "summary": _summary(measures), "pid": os.getpid()}
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
+
+
+def held_out_measures(home: Home, run_id: str) -> list[PairMeasure]:
+    """Return what a finished run measured on its held-out pairs; nothing where it left no result."""
+    run = home.artifact("runs", run_id)
+    try:
+        result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
+    except FileNotFoundError:
+        return []
+    return [PairMeasure(**measure) for measure in result["measures"]]
 
 
 def _barrier(workers: Workers) -> None:

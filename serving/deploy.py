@@ -83,12 +83,12 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
 def stop(home: Home, services: Services) -> None:
     """Take the application down, and the Ray cluster with it where it was started for this service."""
     api = ServeApi(services.ray_dashboard_url)
-    if api.reachable():
-        try:
+    try:
+        if api.reachable():
             _remove(home, api)
-        except ServiceError:
-            if services.ray_pid is None:
-                raise
+    except ServiceError:
+        if services.ray_pid is None:
+            raise
     process = _process(services.ray_pid, services.ray_started)
     if process is not None:
         # Workers of a raylet that dies first would be nobody's children, so all are remembered before.
@@ -191,7 +191,7 @@ def _start_cluster(home: Home) -> Services:
     )
     try:
         end = time.monotonic() + _RAY_START_S
-        while not ServeApi(services.ray_dashboard_url).reachable():
+        while not _started(services):
             if process.poll() is not None or time.monotonic() > end:
                 state = "ended" if process.poll() is not None else f"did not answer within {_RAY_START_S:.0f} s"
                 msg = f"Ray {state}; the end of `{log}`:\n{log.read_text(errors='replace')[-1500:]}"
@@ -204,13 +204,27 @@ def _start_cluster(home: Home) -> Services:
     return services
 
 
+def _started(services: Services) -> bool:
+    try:
+        return ServeApi(services.ray_dashboard_url).reachable()
+    except ServiceError:
+        return False  # it listens before it can answer
+
+
 def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: ServeApi) -> None:
     running = api.details()
     existing = running.get("http_options") or {}
-    if running.get("proxies") and existing.get("port") != section.port:
-        msg = f"Ray Serve listens on port {existing.get('port')} of this cluster already, the recipe asks for {section.port}\n\nHint: run with `--set serving.port={existing.get('port')}`, or use a cluster of its own."
-        raise ServiceError(msg)
-    if not running.get("proxies"):
+    wanted = {"host": section.host, "port": section.port, "request_timeout_s": section.request_timeout_s}
+    if running.get("proxies"):
+        # Serve sets these when it starts, and says nothing of later values.
+        differing = {key: existing.get(key) for key, value in wanted.items() if existing.get(key) != value}
+        if differing:
+            found = ", ".join(f"{key} {value}" for key, value in differing.items())
+            asked = ", ".join(f"{key} {wanted[key]}" for key in differing)
+            settings = " ".join(f"--set serving.{key}={value}" for key, value in differing.items())
+            msg = f"Ray Serve runs in this cluster already with {found}, the recipe asks for {asked}\n\nHint: run with `{settings}`, or use a cluster of its own."
+            raise ServiceError(msg)
+    else:
         _check_port(section.host, section.port)
     # Started by a submitted job, the replicas run the code that was submitted; else what is installed.
     code = {key: value for key, value in submitted_runtime_env().items() if key == "working_dir"}
@@ -237,11 +251,7 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
     api.put(
         {
             "proxy_location": running.get("proxy_location") or "HeadOnly",
-            "http_options": {
-                "host": section.host,
-                "port": section.port,
-                "request_timeout_s": section.request_timeout_s,
-            },
+            "http_options": wanted,
             "applications": [*others, application],
         }
     )

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from app.errors import ModelError
 from app.generation import Completion, GenerationRequest, answer_text, context_window, generate
 from app.models import LoadedModel, load_model, render_prompt
@@ -38,14 +40,16 @@ class Serving:
     revision: int
 
 
-def load_serving(home: Home, model_id: str, revision: int, *, dtype: str) -> Serving:
+def load_serving(
+    home: Home, model_id: str, revision: int, *, dtype: str, device: torch.device | None = None
+) -> Serving:
     """Verify and load a model, and try it on one short prompt.
 
     Raises:
         DataError: the artifact is missing or differs from its manifest.
         ModelError: it cannot be loaded, or gives numbers that are none.
     """
-    loaded = load_model(home, model_id, dtype=dtype)
+    loaded = load_model(home, model_id, dtype=dtype, device=device)
     prompt = tuple(render_prompt(loaded.tokenizer, _SMOKE_PROMPT, None))
     smoke = generate(loaded, [GenerationRequest(prompt, 0.0, 1.0, _SMOKE_TOKENS)])[0]
     if not all(math.isfinite(logp) for logp in smoke.logps):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -115,12 +116,14 @@ class Replica:
                 self._engine.install(loaded)
 
     async def _load(self, target: tuple[str, int]) -> "Serving":
+        from app.models import device_of
         from serving.engine import load_serving
 
         # A thread that ends, unlike those of `asyncio.to_thread`: OpenMP counts the helpers that it keeps for a thread,
         # and where they outnumber the CPUs it lets all of them sleep between two operations, a sixth of a CPU's speed.
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
-        load = functools.partial(load_serving, self._home, *target, dtype=self._dtype)
+        device = device_of(ray.get_gpu_ids() if ray.is_initialized() else ())
+        load = functools.partial(load_serving, self._home, *target, dtype=self._dtype, device=device)
         try:
             return await asyncio.get_running_loop().run_in_executor(thread, load)
         finally:

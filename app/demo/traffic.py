@@ -18,8 +18,8 @@ from app.config import CollectSection
 from app.errors import ServiceError
 from app.evaluation.prompts import load_prompts
 
-_CLIENTS = 16
-_STREAMS = 2
+_CLIENTS = 12
+STREAMS = 6
 _SHORT_TOKENS = 12
 _WAIT_S = 300.0
 
@@ -47,7 +47,7 @@ class Traffic:
         self._stop = threading.Event()
         self._switched: tuple[float, str] | None = None
         self._threads = [threading.Thread(target=self._ask_on, daemon=True) for _ in range(_CLIENTS)]
-        self._threads += [threading.Thread(target=self._stream_on, daemon=True) for _ in range(_STREAMS)]
+        self._threads += [threading.Thread(target=self._stream_on, daemon=True) for _ in range(STREAMS)]
 
     def __enter__(self) -> Self:
         """Start the clients."""
@@ -100,7 +100,7 @@ class Traffic:
         }
 
     def _ask_on(self) -> None:
-        with httpx.Client(headers=self._headers, timeout=_WAIT_S) as client:
+        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=False) as client:
             while not self._stop.is_set():
                 try:
                     answer = client.post(self._url, json=self._body(_SHORT_TOKENS)).raise_for_status().json()
@@ -110,7 +110,7 @@ class Traffic:
                     self._count(model=str(answer["model"]))
 
     def _stream_on(self) -> None:
-        with httpx.Client(headers=self._headers, timeout=_WAIT_S) as client:
+        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=False) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 model, finished, told = "", False, ""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from app.evaluation.ratings import Resampling, mean_rate
+from app.evaluation.ratings import Estimate, Resampling, mean_rate
 
 
 class Measured(Protocol):
@@ -64,16 +64,18 @@ class Learning:
         )
 
 
+def reward_accuracy(measures: Sequence[Measured], *, resampling: Resampling) -> Estimate:
+    """Return the share of pairs whose chosen answer has the higher reward, ties as half, resampled by prompt cluster."""
+    margins = np.array([m.margin for m in measures])
+    return mean_rate((0.5 * (1 + np.sign(margins))).tolist(), [m.cluster for m in measures], resampling=resampling)
+
+
 def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> Learning:
     """Compare the margins of at least one held-out pair with chance and with their lengths."""
     margins = np.array([m.margin for m in measures])
     gaps = np.array([m.rejected_tokens - m.chosen_tokens for m in measures])
     shorter = float(0.5 * (1 + np.sign(gaps)).mean())
-    accuracy = mean_rate(
-        (0.5 * (1 + np.sign(margins))).tolist(),
-        [m.cluster for m in measures],
-        resampling=Resampling(level=level, seed=seed),
-    )
+    accuracy = reward_accuracy(measures, resampling=Resampling(level=level, seed=seed))
     return Learning(
         accuracy=accuracy.value,
         low=accuracy.low,

@@ -50,7 +50,7 @@ def import_files(
     """
     check_name(name)
     reading = read_rows(paths)
-    pairs, later = resolve(reading.candidates)
+    pairs, later = resolve(reading.candidates, max_pairs_per_prompt=section.max_pairs_per_prompt)
     report = ImportReport(reading.rows, len(pairs), (*reading.rejections, *later))
     assert report.kept + len(report.rejections) == reading.rows, "rows were lost"  # noqa: S101
     if not pairs:

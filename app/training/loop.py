@@ -15,13 +15,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from app.config import TrainSection
 from app.errors import TrainingError
 from app.training.batch import PackedBatch, micro_batches, rank_share
 from app.training.objectives import PairLosses
-from app.training.policy import adapter_off_logps, autocast, trainable
-from app.training.scoring import ScoringModel, plain_logps
+from app.training.policy import adapter_off_logps, autocast, merged_model, trainable
+from app.training.scoring import ScoringModel, plain_logps, with_reference_logps
 from app.training.tokenization import Group
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], PairLosses]
@@ -221,6 +222,36 @@ def measure(
                 rejected.tolist(),
             )
     return sorted(workers.gather(rows), key=lambda row: row.pair_id)
+
+
+def measure_exported(
+    policy: ScoringModel,
+    groups: Sequence[Group],
+    *,
+    objective: Objective,
+    section: TrainSection,
+    workers: Workers,
+) -> tuple[PreTrainedModel, list[PairMeasure]]:
+    """Merge the adapters, and score held-out groups with the very weights that leave the run.
+
+    Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. Where the base is
+    the reference, it is asked before it is merged. The policy is of no use afterwards.
+
+    Returns:
+        the plain model and its measures as `measure` returns them.
+    """
+    if section.reference == "adapter_off":
+        device = next(policy.parameters()).device
+        policy.train(mode=False)
+        groups = with_reference_logps(
+            groups,
+            lambda batch: _reference(policy, batch.to(device), section),
+            token_budget=section.micro_batch_tokens,
+        )
+        section = section.model_copy(update={"reference": "precomputed"})
+    model = merged_model(policy)
+    measured = measure(ScoringModel(model), groups, objective=objective, section=section, workers=workers)
+    return model, measured
 
 
 def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:

@@ -1,7 +1,7 @@
 """The policy: a scoring model with something to train, its reference, and the weights it leaves behind.
 
 With adapters the frozen base stays in the compute type and the adapters are fp32; full fine-tuning keeps fp32 master
-weights. The reference is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
+weights and leaves them so, since a step at its learning rates is smaller than what bf16 can tell apart. The reference is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
 """
 
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
     """Make the trainable policy out of the start model; equal seeds give equal adapters on every worker.
 
     Raises:
-        ModelError: none of `lora.target_modules` exists in the model.
+        ModelError: one of `lora.target_modules` exists nowhere in the model.
     """
     torch.manual_seed(section.seed)
     if section.adapter == "full":
@@ -40,14 +40,13 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    try:
-        adapted = get_peft_model(start.model, config)
-    except ValueError as error:
-        linear = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
-        msg = f"adapters do not fit `{start.model_id}`: {error}\n\nHint: its linear layers are {', '.join(linear)}."
-        raise ModelError(msg) from None
+    linear = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    # peft passes over a name that fits nothing as long as another one fits.
+    unknown = [t for t in section.lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
+    if unknown:
+        msg = f"`{start.model_id}` has no linear layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its linear layers are {', '.join(sorted(set(linear.values())))}."
+        raise ModelError(msg)
+    adapted = get_peft_model(start.model, config)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             # Autocast casts what an adapter computes with; peft would first copy its input to fp32.

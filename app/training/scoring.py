@@ -1,12 +1,12 @@
 """One module for backbone and head: token ids in, summed log-probability of each response out.
 
 `ScoringModel` is what gets wrapped, sharded and compiled; logits never leave it. The head runs only on the rows that
-predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` is the oracle: one padded row for each
+predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` is the oracle: one row for each
 response through the model's own attention, as any other library would do it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from app.errors import ModelError
 from app.training import attention
-from app.training.batch import PackedBatch
+from app.training.batch import PackedBatch, token_bins
 from app.training.tokenization import Group
 
 _HEAD_CHUNK = 2048
+_HEAD_DROPOUTS = ("classifier", "summary", "scheduled")
 _RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
 
 
@@ -67,31 +68,42 @@ class ScoringModel(nn.Module):
         return ResponseScores(summed.index_add(0, batch.response_of_target, token_logps), batch.token_counts)
 
 
+def with_reference_logps(
+    groups: Sequence[Group], score: Callable[[PackedBatch], Tensor], *, token_budget: int
+) -> list[Group]:
+    """Return the groups, in their order, with what `score` says of each response as its reference log-probability.
+
+    Args:
+        groups: what is scored, in packed batches of at most `token_budget` tokens.
+        score: PackedBatch (on the CPU) -> [N] log-probabilities; called without gradients.
+        token_budget: tokens of a batch; a longer group is a batch of its own.
+    """
+    scored: dict[str, Group] = {}
+    with torch.no_grad():
+        for members in token_bins(groups, token_budget):
+            logps = iter(score(PackedBatch.pack(members)).double().tolist())
+            for group in members:
+                scored[group.group_id] = replace(group, reference_logps=tuple(next(logps) for _ in group.responses))
+    return [scored[group.group_id] for group in groups]
+
+
 def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> Tensor:
-    """Score every response of the groups with right-padded rows and the model's own `sdpa` attention.
+    """Score every response of the groups in a row of its own, with the model's own `sdpa` attention.
 
     Returns:
         [N] summed log-probabilities, in the order of a packed batch of the same groups.
     """
-    rows = [(group.prompt_ids, response) for group in groups for response in group.responses]
-    longest = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for i, (prompt, response) in enumerate(rows):
-        length = len(prompt) + len(response)
-        ids[i, :length] = torch.tensor(prompt + response)
-        mask[i, :length] = 1
     device = next(model.parameters()).device
     previous = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
+    sums = []
     try:
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
+            ids = torch.tensor([prompt + response], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            sums.append(_wide(logits).log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).sum())
     finally:
         model.set_attn_implementation(previous)
-    sums = []
-    for i, (prompt, response) in enumerate(rows):
-        predicted = _wide(logits[i, len(prompt) - 1 : len(prompt) + len(response) - 1]).log_softmax(dim=-1)
-        sums.append(predicted.gather(1, torch.tensor(response, device=device)[:, None]).sum())
     return torch.stack(sums)
 
 
@@ -103,9 +115,14 @@ def check_packable(model: PreTrainedModel | PeftModel) -> None:
     if recurrent:
         msg = f"`{config.model_type}` has {recurrent[0]} layers, whose state would run from one response into the next"
         raise ModelError(msg)
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if getattr(config, name, 0):
-            msg = f"`{config.model_type}` has {name} = {getattr(config, name)}; scores with dropout are not exact\n\nHint: set it to 0 in config.json."
+    for name, value in config.to_dict().items():
+        # `classifier_dropout` and the like belong to heads that a causal language model does not have.
+        if name.startswith(_HEAD_DROPOUTS) or not name.endswith(
+            ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")
+        ):
+            continue
+        if value:
+            msg = f"`{config.model_type}` has {name} = {value}; scores with dropout are not exact\n\nHint: set it to 0 in config.json."
             raise ModelError(msg)
 
 

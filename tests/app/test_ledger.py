@@ -293,7 +293,10 @@ def test_a_transaction_that_fails_leaves_nothing(ledger):
     assert count(ledger, ResponseRow) == 0
 
 
-@pytest.mark.parametrize("url", ["garbage", "mysql://ana:secret@host/x"])
+@pytest.mark.parametrize(
+    "url",
+    ["garbage", "mysql://ana:secret@host/x", "postgresql://host/x?user=ana&password=secret", "sqlite:///ledger.db"],
+)
 def test_a_url_that_no_ledger_can_have_is_refused_without_telling_a_password(url):
     with pytest.raises(LedgerError, match="PREFLOOP_LEDGER") as told:
         Ledger.open(url)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from app.errors import ModelError
 from app.ledger import ModelRow
-from app.models import Lineage, check_descent, ensure_sft, load_model, register_folder
+from app.models import Lineage, check_descent, device_of, ensure_sft, load_model, register_folder
 
 
 @pytest.fixture
@@ -95,6 +95,27 @@ def test_what_a_download_from_the_hub_brings_along_stays_outside(home, ledger, f
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize(
+    "change", [lambda f: (f / "added.json").write_text("{}"), lambda f: (f / "generation_config.json").unlink()]
+)
+def test_a_folder_that_gained_or_lost_a_file_is_brought_in_again(home, ledger, folder, change):
+    before = ensure_sft(home, ledger, str(folder))
+    assert ensure_sft(home, ledger, str(folder)).model_id == before.model_id
+    change(folder)
+    after = ensure_sft(home, ledger, str(folder))
+    assert after.model_id != before.model_id
+    assert after.manifest["files"].keys() != before.manifest["files"].keys()
+
+
+def test_a_process_without_a_gpu_of_its_own_leaves_those_it_sees_alone(monkeypatch):
+    assert device_of([]).type == "cpu"
+    with pytest.raises(ModelError, match=r"given 1 GPU.*finds none\n\n.*CUDA build"):
+        device_of(["0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert (device_of([]), device_of(["3"])) == (torch.device("cpu"), torch.device("cuda", 1))
 
 
 def test_a_champion_of_another_checkpoint_is_refused_and_a_newer_checkpoint_of_the_same_place_is_not(

@@ -186,6 +186,7 @@ def evaluation(model: ModelRow, verdict: str, **changes: Any) -> EvaluationRow:
     ]
     fields: dict[str, Any] = {
         "evaluation_id": f"evaluation-{model.model_id}",
+        "deployment": "default",
         "model_id": model.model_id,
         "model_digest": model.digest,
         "champion_id": "sft-000000000000",
@@ -203,7 +204,7 @@ def add_run(ledger: Ledger, run_id: str, *, steps: int = 0, **changes: Any) -> R
         "run_id": run_id,
         "kind": "train",
         "status": "succeeded",
-        "recipe": {"name": "seen", "train": {"beta": 0.1}},
+        "recipe": {"name": "seen", "train": {"beta": 0.1}, "serving": {"deployment": "default"}},
         "snapshot_id": None,
         "start_model_id": "sft-000000000000",
         "reference_model_id": "sft-000000000000",

@@ -125,6 +125,16 @@ def test_a_thumb_down_with_reasons_reaches_the_gateway(service: FakeService) -> 
     assert service.feedback[0]["user"] == service.feedback[1]["user"]
 
 
+def test_a_thumb_that_is_clicked_away_stays_because_it_was_sent_and_can_be_turned_over(service: FakeService) -> None:
+    tab = opened("chat.py")
+    tab.chat_input[0].set_value("Anything?").run()
+    tab.feedback[0].set_value(0).run()
+    tab.feedback[0].set_value(None).run()
+    assert tab.feedback[0].value == 0
+    tab.feedback[0].set_value(1).run()
+    assert [sent["value"] for sent in service.feedback] == ["down", "up"]
+
+
 def test_an_edit_is_saved_as_the_better_answer_and_continues_the_conversation(service: FakeService) -> None:
     service.replies = ["Two and two is five."]
     tab = opened("chat.py")

@@ -42,6 +42,7 @@ def finished_round(ledger, *, shipped: bool):
         session.add(
             EvaluationRow(
                 evaluation_id="e1",
+                deployment="demo",
                 model_id="demo-2",
                 model_digest="d",
                 champion_id="sft-1",

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from app.config import CollectSection
-from app.demo.traffic import Traffic
+from app.demo.traffic import STREAMS, Traffic
 
 
 class Service:
@@ -73,7 +73,7 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
     with served(service) as url, Traffic(url, "key", section) as traffic:
         traffic.wait_for_answers()
         service.flows.clear()
-        assert all(service.held.acquire(timeout=30) for _ in range(2)), "two streams are open"
+        assert all(service.held.acquire(timeout=30) for _ in range(STREAMS)), "all streams are open"
         service.model = "new"
         traffic.mark_switch(to="new")
         service.flows.set()
@@ -82,7 +82,7 @@ def test_a_clean_switch_shows_both_versions_and_streams_that_cross_it(section):
     assert report["requests_during_switch"] >= 40
     assert report["failed_requests"] == 0, report["failures"]
     assert set(report["models_seen"]) == {"old", "new"}
-    assert report["streams_across_switch"] == 2
+    assert report["streams_across_switch"] == STREAMS
 
 
 @pytest.mark.parametrize("trouble", ["fails", "cuts", "breaks"])

@@ -219,6 +219,13 @@ def test_what_an_import_prints_names_places_even_where_text_looks_like_markup(ho
     assert row.snapshot_id in shown
 
 
+def test_an_import_keeps_as_many_pairs_of_a_prompt_as_the_recipe_allows(home, ledger, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", *({**GOOD, "chosen": f"good {i}"} for i in range(6)))
+    section = SECTION.model_copy(update={"max_pairs_per_prompt": 2})
+    _, report = import_files(home, ledger, [path], name="mine", section=section)
+    assert (report.kept, report.by_reason) == (2, {"over_prompt_cap": 4})
+
+
 def test_an_import_of_nothing_usable_names_what_is_wrong_with_it(home, ledger, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "chosen": " "}, {**GOOD, "chosen": ""})
     with pytest.raises(DataError) as refused:

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import ray
@@ -17,11 +19,13 @@ from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import Lineage, load_model, load_tokenizer, register_folder, render_prompt
 from app.schemas import Message
 from app.storage import Home
+from app.training.loop import PairMeasure
 from ray_jobs import answers as answers_module
-from ray_jobs.evaluate import evaluate
+from ray_jobs.evaluate import evaluate, newest_trained
+from ray_jobs.worker import RESULT
 from tests.conftest import write_tiny_model
 
-LEARNING = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "ties": 0.0, "pairs": 40, "clusters": 30, "level": 0.95}
+MEASURES = [PairMeasure(f"p{i}", f"c{i // 2}", 1.0 if i % 10 else -1.0, 0.1, 5, 6) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +53,17 @@ def stage(tmp_path_factory, tiny_model):
                 run_id="run-1",
                 kind="train",
                 status="succeeded",
-                recipe={},
-                metrics={"learning": LEARNING},
+                recipe={"serving": {"deployment": "default"}},
+                metrics={},
                 attempt=1,
                 code_version="0",
                 created_at=now(),
                 updated_at=now(),
             )
         )
+    result = {"measures": [asdict(m) for m in MEASURES]}
+    (Path(home.artifact("runs", "run-1").path)).mkdir(parents=True)
+    Path(home.artifact("runs", "run-1").path, RESULT).write_text(json.dumps(result))
     prompts = "".join(json.dumps({"prompt": f"say {i} things about {'xyz' * i}"}) + "\n" for i in range(1, 13))
     (root / "prompts.jsonl").write_text(prompts)
     style = {"name": "s", "rules": [{"name": "a", "pattern": "[a-m]", "weight": 1}], "edits": []}
@@ -97,7 +104,9 @@ def test_the_verdict_is_stored_beside_the_digest_of_the_weights(stage, verdict):
     assert (row.model_id, row.model_digest) == (candidate.model_id, candidate.digest)
     assert (row.champion_id, row.sft_id) == (sft.model_id, sft.model_id)
     assert row.verdict == "HOLD"
-    assert row.report["measurements"]["reward_accuracy"]["low"] == LEARNING["low"]
+    measured = row.report["measurements"]["reward_accuracy"]
+    assert (measured["value"], measured["n"], measured["n_clusters"], measured["level"]) == (0.9, 40, 20, 0.95)
+    assert 0.75 < measured["low"] < 0.9
     artifact = home.artifact("evaluations", row.evaluation_id)
     artifact.verify()
     report = json.loads(artifact.filesystem.cat_file(f"{artifact.path}/report.json"))
@@ -127,10 +136,13 @@ def test_nothing_is_generated_twice(stage, verdict, monkeypatch):
     assert again.evaluation_id == verdict.evaluation_id
     # Other bounds: a new verdict from the answers that are kept.
     stricter = recipe.model_dump(mode="json")
-    stricter["evaluate"]["gate"]["min_prompts"] = 500
+    stricter["evaluate"]["gate"] |= {"min_prompts": 500, "level": 0.99}
     judged = evaluate(home, ledger, parse_recipe(stricter, place="test"), candidate.model_id, "run-1")
     assert judged.evaluation_id != verdict.evaluation_id
     assert any("500 are needed" in reason for reason in judged.report["reasons"])
+    levels = [r.report["measurements"]["reward_accuracy"] for r in (verdict, judged)]
+    assert levels[1]["level"] == 0.99
+    assert levels[1]["low"] < levels[0]["low"]
 
 
 def test_a_model_whose_answers_are_all_cut_wins_nothing_and_loses_nothing(cluster, stage):
@@ -182,6 +194,18 @@ def test_a_verdict_that_is_asked_for_again_becomes_the_newest(stage, verdict):
     again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
     assert again.evaluation_id == verdict.evaluation_id
     assert again.created_at > other.created_at
+
+
+def test_a_model_and_a_verdict_belong_to_their_deployment(stage, verdict):
+    home, ledger, recipe, _, candidate = stage
+    assert newest_trained(ledger, "default").model_id == candidate.model_id
+    with pytest.raises(DataError, match=r"no model was trained for deployment `support`.*\n\n.*--model"):
+        newest_trained(ledger, "support")
+    tree = recipe.model_dump(mode="json")
+    tree["serving"]["deployment"] = "support"
+    other = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, "run-1")
+    assert (verdict.deployment, other.deployment) == ("default", "support")
+    assert other.evaluation_id != verdict.evaluation_id
 
 
 def test_an_unknown_model_and_missing_files_are_named_before_anything_runs(stage):

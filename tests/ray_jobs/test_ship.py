@@ -18,6 +18,7 @@ def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_m
         session.add(
             EvaluationRow(
                 evaluation_id="e",
+                deployment="default",
                 model_id=model.model_id,
                 model_digest=model.digest,
                 champion_id=sft.model_id,
@@ -31,6 +32,11 @@ def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_m
     Services("http://127.0.0.1:9", "http://127.0.0.1:9", "127.0.0.1:9", deployment="demo").write(home)
     monkeypatch.setattr(ServeApi, "reachable", lambda _: True)
     recipe = parse_recipe({"name": "first"}, place="test")
+    elsewhere = parse_recipe({"name": "first", "serving": {"deployment": "support"}}, place="test")
+    for asked in (None, model.model_id):
+        refused = ship(home, ledger, elsewhere, asked, "ana")
+        assert (refused.shipped, ledger.champion("support")) == (False, None)
+        assert "no evaluation for deployment `support`" in refused.reason
     shipped = ship(home, ledger, recipe, None, "ana")
     assert (shipped.shipped, shipped.champion_before, shipped.served) == (True, sft.model_id, False)
     back = roll_back(home, ledger, recipe, "ana")

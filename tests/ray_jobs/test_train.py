@@ -17,7 +17,7 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from app.config import parse_recipe
-from app.errors import DataError, TrainingError
+from app.errors import DataError, ServiceError, TrainingError
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow
 from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
@@ -203,12 +203,35 @@ def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(clus
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(sft)
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 6})})
-    with pytest.raises(TrainingError, match="need 6.25 CPUs, the cluster has 6 free"):
+    with pytest.raises(ServiceError, match="need 6.25 CPUs, the cluster has 6 free"):
         train(home, ledger, recipe, snapshot_id, run_id="starved")
     with ledger.read() as session:
         row = session.get_one(RunRow, "starved")
     assert row.status == "failed"
     assert "need 6.25 CPUs" in row.error
+
+
+def test_a_worker_that_no_node_can_hold_is_refused(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft)
+    for change, told in (({"cpus_per_worker": 64}, "needs 64 CPUs"), ({"use_gpu": True}, "and 1 GPUs on one node")):
+        asked = recipe.model_copy(update={"workers": recipe.workers.model_copy(update=change)})
+        with pytest.raises(ServiceError, match=told):
+            train(home, ledger, asked, snapshot_id, run_id=f"large-{len(told)}")
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed"])
+def test_a_damaged_snapshot_trains_nothing(cluster, stage, tmp_path, damage):
+    home, ledger, _, snapshot_id, sft = stage
+    other = Home.at(
+        shutil.copytree(home.artifact("training", snapshot_id).path.rsplit("/training/")[0], tmp_path / "h")
+    )
+    part = sorted(Path(other.artifact("training", snapshot_id).path).glob("train*.parquet"))[1]
+    part.unlink() if damage == "lost" else part.write_bytes(part.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=f"{part.name}"):
+        train(other, ledger, recipe_for(sft), snapshot_id, run_id="damaged")
+    with ledger.read() as session:
+        assert session.get(RunRow, "damaged") is None
 
 
 def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):

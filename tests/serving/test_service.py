@@ -90,6 +90,7 @@ def judge(ledger, model_id, verdict, *, digest=None):
     with ledger.write() as session:
         row = EvaluationRow(
             evaluation_id=f"eval-{model_id}-{time.monotonic_ns()}",
+            deployment="default",
             model_id=model_id,
             model_digest=digest or session.get_one(ModelRow, model_id).digest,
             champion_id=champion.model_id if champion else "none",
@@ -433,7 +434,7 @@ def test_another_home_cannot_take_over_the_cluster(stage, tmp_path, monkeypatch,
     monkeypatch.setenv("RAY_ADDRESS", services.ray_dashboard_url)
     port = services.gateway_url.rsplit(":", 1)[1]
     assert main([str(stage.recipe_path), "--set", f"serving.port={free_port()}"]) == 1
-    assert f"listens on port {port}" in capsys.readouterr().err
+    assert f"already with port {port}" in capsys.readouterr().err
     # A process of its own, because Ray reads the way of authentication when it is imported.
     environment = {**os.environ, "RAY_ADDRESS": services.ray_address}
     environment.pop("RAY_AUTH_MODE", None)

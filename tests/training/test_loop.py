@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.config import LoraSection, TrainSection
-from app.errors import TrainingError
+from app.errors import ModelError, TrainingError
 from app.models import Lineage, load_model, register_folder
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
@@ -19,6 +19,7 @@ from app.training.loop import (
     learning_rate_factor,
     make_optimizer,
     measure,
+    measure_exported,
     optimise,
 )
 from app.training.objectives import dpo
@@ -206,6 +207,12 @@ def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, 
         check_packing(policy, make_groups(4), section=section)
 
 
+def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
+    section = SECTION.model_copy(update={"lora": LoraSection(target_modules=("q_proj", "qkv_proj"))})
+    with pytest.raises(ModelError, match=r"no linear layer `qkv_proj` .*\n\n.*q_proj"):
+        build_policy(start(), section)
+
+
 def test_the_merged_model_scores_like_the_policy(start):
     groups = make_groups(4)
     section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0})
@@ -216,6 +223,51 @@ def test_the_merged_model_scores_like_the_policy(start):
         merged = plain_logps(merged_model(policy), groups)
     assert torch.allclose(merged, expected, atol=1e-4)
     assert (expected - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
+def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, reference):
+    groups = make_groups(5)
+    section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0, "dtype": "bfloat16"})
+    policy = build_policy(start(dtype="bfloat16"), section)
+    with torch.no_grad():
+        for name, parameter in trainable(policy).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 1.0)
+        base = plain_logps(start(dtype="bfloat16").model, groups).double().tolist()
+    scored = []
+    for group in groups:
+        count = len(group.responses)
+        scored.append(replace(group, reference_logps=tuple(base[:count])))
+        base = base[count:]
+    section = section.model_copy(update={"reference": reference})
+    settings = {"objective": OBJECTIVE, "section": section, "workers": SingleWorker()}
+    before = measure(policy, scored, **settings)
+    model, measures = measure_exported(policy, scored, **settings)
+    logps = plain_logps(model, groups)
+    margins, offset = {}, 0
+    for group in scored:
+        rewards = 0.1 * (logps[offset : offset + len(group.responses)].double() - torch.tensor(group.reference_logps))
+        margins |= {p.pair_id: float(rewards[p.chosen] - rewards[p.rejected]) for p in group.pairs}
+        offset += len(group.responses)
+    # Against plain rows of the exported weights and of the base: what is left is noise, and less than rounding made.
+    wrong, left = (sum(abs(row.margin - margins[row.pair_id]) for row in rows) for rows in (before, measures))
+    assert left < wrong / 2
+    assert max(abs(m.margin) for m in measures) > 0.08
+
+
+def test_full_fine_tuning_leaves_its_fp32_weights(start):
+    section = SECTION.model_copy(
+        update={"adapter": "full", "dtype": "bfloat16", "reference": "precomputed", "learning_rate": 1e-6}
+    )
+    groups = [replace(group, reference_logps=(0.0,) * len(group.responses)) for group in make_groups(4)]
+    policy, _ = run(start, section, groups, steps=[groups] * 3)
+    model, _ = measure_exported(policy, groups, objective=OBJECTIVE, section=section, workers=SingleWorker())
+    before, after = start().model.state_dict(), model.state_dict()
+    changed = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+    survive = [n for n in changed if not torch.equal(after[n].bfloat16().float(), after[n])]
+    assert changed
+    assert survive == changed
 
 
 def test_held_out_pairs_are_all_measured(start):

@@ -100,10 +100,14 @@ def test_an_empty_response_is_refused_by_name():
 
 
 def test_dropout_is_refused_by_name():
+    for name in ("attention_dropout", "resid_pdrop", "embed_dropout", "dropout", "hidden_dropout_prob"):
+        model = tiny_model()
+        setattr(model.config, name, 0.1)
+        with pytest.raises(ModelError, match=f"has {name} = 0.1"):
+            ScoringModel(model)
     model = tiny_model()
-    model.config.attention_dropout = 0.1
-    with pytest.raises(ModelError, match="attention_dropout = 0.1"):
-        ScoringModel(model)
+    model.config.classifier_dropout = 0.1  # of a head that it does not have
+    ScoringModel(model)
 
 
 GROUP_SIZES = st.lists(
