@@ -257,7 +257,7 @@ def ledger_name(url: str) -> str:
         and not Path(database).is_absolute()
     ):
         # Jobs and replicas run in folders of their own and would each make another ledger.
-        msg = f"the ledger `{database}` is a relative path\n\nHint: write `sqlite:///{Path(database).absolute()}` in PREFLOOP_LEDGER."
+        msg = f"the ledger `{database}` is a relative path\n\nHint: write an absolute one in PREFLOOP_LEDGER, with four slashes: `sqlite:////folder/{Path(database).name}`."
         raise LedgerError(msg)
     return parsed.render_as_string(hide_password=True)
 
@@ -538,6 +538,9 @@ def _migrate(engine: sa.Engine) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
+        if connection.dialect.name == "postgresql":
+            # Of two processes that open an old ledger at once, one migrates it. (SQLite's writers exclude each other.)
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('prefloop migrations'))"))
         try:
             command.upgrade(config, "head")
         except CommandError as error:

@@ -370,11 +370,13 @@ def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
     matching = [row for row in rows if row.manifest.get("source") == source]
     if not matching or not Path(sft).is_dir():
         return matching[-1] if matching else None
-    # A folder may have changed since it was brought in.
-    kept = {f: known["sha256"] for f, known in matching[-1].manifest["files"].items() if f != "README.md"}
-    found = {path.relative_to(sft).as_posix(): path for path in _wanted_files(Path(sft)) if path.name != "README.md"}
-    same = kept.keys() == found.keys() and all(_sha256(path) == kept[f] for f, path in found.items())
-    return matching[-1] if same else None
+    # A folder may have changed since it was brought in. The card is ours.
+    found = {path.relative_to(sft).as_posix(): _sha256(path) for path in _wanted_files(Path(sft))}
+    found.pop("README.md", None)
+    for row in reversed(matching):
+        if found == {f: known["sha256"] for f, known in row.manifest["files"].items() if f != "README.md"}:
+            return row
+    return None
 
 
 def _convert_embedded(home: Home, folder: Path) -> None:

@@ -5,6 +5,7 @@ machine may have gone down since. Knows nothing of how the service is built; onl
 stand here, because jobs change what is deployed.
 """
 
+import ipaddress
 import json
 import os
 import secrets
@@ -71,7 +72,12 @@ class Services:
     def healthy(self) -> bool:
         """Ask the gateway whether it can answer."""
         try:
-            return httpx.get(f"{self.gateway_url}/healthz", timeout=10, trust_env=False).status_code == httpx.codes.OK
+            return (
+                httpx.get(
+                    f"{self.gateway_url}/healthz", timeout=10, trust_env=not is_near(self.gateway_url)
+                ).status_code
+                == httpx.codes.OK
+            )
         except httpx.HTTPError:
             return False
 
@@ -88,7 +94,7 @@ class ServeApi:
         self.url = dashboard_url.rstrip("/")
 
     def reachable(self) -> bool:
-        """Tell whether a dashboard listens here.
+        """Tell whether a dashboard is here; what cannot be connected to is gone.
 
         Raises:
             ServiceError: something listens, but does not answer or refuses the token. That is not the same as nothing: a
@@ -96,7 +102,7 @@ class ServeApi:
         """
         try:
             reply = self._request("GET", "/api/version")
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             return False
         except httpx.HTTPError as error:
             raise self._silent(error) from None
@@ -138,13 +144,29 @@ class ServeApi:
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        # What listens on this machine or in this cluster is not behind the proxy of the environment.
-        return httpx.request(method, f"{self.url}{path}", json=body, headers=headers, timeout=60, trust_env=False)
+        timeout = httpx.Timeout(60, connect=10)
+        return httpx.request(
+            method,
+            f"{self.url}{path}",
+            json=body,
+            headers=headers,
+            timeout=timeout,
+            trust_env=not is_near(self.url),
+        )
 
     def _silent(self, error: httpx.HTTPError) -> ServiceError:
         return ServiceError(
-            f"Ray's dashboard at `{self.url}` cannot be reached ({type(error).__name__})\n\nHint: start the service with `prefloop serve RECIPE.yaml`."
+            f"Ray's dashboard at `{self.url}` does not answer ({type(error).__name__})\n\nHint: start the service with `prefloop serve RECIPE.yaml`. If it is gone for good, remove `services.json` in the home."
         )
+
+
+def is_near(url: str) -> bool:
+    """Tell whether a URL names this machine or a private address, which no proxy of the environment is asked for."""
+    host = httpx.URL(url).host
+    try:
+        return ipaddress.ip_address(host).is_private  # the loopback addresses among them
+    except ValueError:
+        return host == "localhost"
 
 
 def submitted_runtime_env() -> dict[str, Any]:

@@ -99,14 +99,9 @@ def _origin(turn: Turn) -> None:
 
 def _actions(gateway: Gateway, conversation: Conversation, index: int, turn: Turn) -> None:
     key = turn.answer.response_id
+    st.session_state.setdefault(f"thumb-{key}", None if turn.thumb is None else int(turn.thumb == "up"))
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.feedback(
-            "thumbs",
-            key=f"thumb-{key}",
-            default=None if turn.thumb is None else int(turn.thumb == "up"),
-            on_change=_thumb,
-            args=(gateway, turn),
-        )
+        st.feedback("thumbs", key=f"thumb-{key}", on_change=_thumb, args=(gateway, turn))
         st.button(
             "Edit", key=f"edit-{key}", icon=":material/edit:", type="tertiary", on_click=_begin_edit, args=(turn,)
         )

@@ -17,7 +17,7 @@ import httpx
 
 from app.errors import HOLD_EXIT_CODE, ServiceError
 from app.schemas import Message
-from app.services import ray_token
+from app.services import is_near, ray_token
 from app.storage import HOME_VARIABLE, Home
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -77,7 +77,7 @@ class Gateway:
     def health(self) -> Health:
         """Ask what is served; raises ServiceError where nothing answers."""
         with _explained("the gateway", self._url):
-            reply = httpx.get(f"{self._url}/healthz", timeout=_QUICK, trust_env=False)
+            reply = httpx.get(f"{self._url}/healthz", timeout=_QUICK, trust_env=not is_near(self._url))
             if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 _checked(reply, "the gateway")
             body = reply.json()
@@ -113,7 +113,7 @@ class Gateway:
                 json=body,
                 headers=self._headers,
                 timeout=_PATIENT,
-                trust_env=False,
+                trust_env=not is_near(self._url),
             ) as reply,
         ):
             if reply.is_error:
@@ -164,7 +164,9 @@ class Gateway:
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with _explained("the gateway", self._url):
-            reply = httpx.post(f"{self._url}{path}", json=body, headers=self._headers, timeout=_QUICK, trust_env=False)
+            reply = httpx.post(
+                f"{self._url}{path}", json=body, headers=self._headers, timeout=_QUICK, trust_env=not is_near(self._url)
+            )
             content: dict[str, Any] = _checked(reply, "the gateway").json()
         return content
 
@@ -204,7 +206,10 @@ class Jobs:
     def _get(self, path: str) -> httpx.Response:
         with _explained("Ray", self._url):
             return _checked(
-                httpx.get(f"{self._url}{path}", headers=_ray_headers(), timeout=_QUICK, trust_env=False), "Ray"
+                httpx.get(
+                    f"{self._url}{path}", headers=_ray_headers(), timeout=_QUICK, trust_env=not is_near(self._url)
+                ),
+                "Ray",
             )
 
     def _submit(self, submission_id: str, module: str, *arguments: str) -> str:
@@ -220,7 +225,11 @@ class Jobs:
         }
         with _explained("Ray", self._url):
             reply = httpx.post(
-                f"{self._url}/api/jobs/", json=body, headers=_ray_headers(), timeout=httpx.Timeout(60), trust_env=False
+                f"{self._url}/api/jobs/",
+                json=body,
+                headers=_ray_headers(),
+                timeout=httpx.Timeout(60),
+                trust_env=not is_near(self._url),
             )
             if reply.is_error and "already exists" in reply.text:
                 return submission_id  # the same click, sent twice

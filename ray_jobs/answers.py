@@ -5,6 +5,7 @@ champion answer a prompt set once, not in every round. Prompts go in the order o
 This module does not know what the answers are for.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from app.evaluation.prompts import Prompt
 from app.evaluation.suites import ANSWER_SCHEMA, Answer
 from app.generation import Completion, GenerationRequest, context_window, generate
 from app.ledger import ModelRow
-from app.models import device_of, load_model, render_prompt
+from app.models import LoadedModel, device_of, load_model, render_prompt
 from app.schemas import FinishReason, Message, content_hash
 from app.storage import Artifact, Home
 
@@ -67,10 +68,16 @@ class ModelActor:
     """Holds one model in a process of its own."""
 
     def __init__(self, home_uri: str, model_id: str, dtype: str, threads: int) -> None:
+        self._home_uri, self._model_id, self._dtype, self._threads = home_uri, model_id, dtype, threads
+
+    @functools.cached_property
+    def _loaded(self) -> LoadedModel:
+        # Not in the constructor: an error there reaches the caller as the death of an actor, after two restarts.
         import torch
 
-        torch.set_num_threads(threads)
-        self._loaded = load_model(Home.at(home_uri), model_id, dtype=dtype, device=device_of(ray.get_gpu_ids()))
+        torch.set_num_threads(self._threads)
+        device = device_of(ray.get_gpu_ids())
+        return load_model(Home.at(self._home_uri), self._model_id, dtype=self._dtype, device=device)
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
         """Answer prompts greedily; one that fills the model's context gets an empty answer that was cut."""
@@ -102,6 +109,7 @@ def gather(
     *,
     decoding: Decoding,
     resources: Resources,
+    before_start: Callable[[], None],
     on_progress: Callable[[str, int, int], None],
 ) -> list[Given]:
     """Return what the models say; only what is not kept from before is generated.
@@ -111,10 +119,13 @@ def gather(
         wanted: one entry for each model.
         decoding: token limit, batch size, compute type.
         resources: of one model's actor. Models run side by side where the cluster has room, else one after another.
+        before_start: called once before the first model starts, and not where everything is kept from before.
         on_progress: called with model id, answers done and answers to generate.
     """
     works = [_Work(home, entry, decoding) for entry in wanted]
     running: dict[Any, _Work] = {}
+    if any(work.to_do for work in works):
+        before_start()
     for work in works:
         for reference in work.start(resources):
             running[reference] = work
@@ -148,24 +159,34 @@ class _Work:
         self.done = self.total = 0
         self.actor: Any = None
 
+    @property
+    def missing(self) -> list[int]:
+        return [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
+
+    @property
+    def unscored(self) -> bool:
+        return self.scored is not None and not self.scored.exists()
+
+    @property
+    def to_do(self) -> bool:
+        return bool(self.missing) or self.unscored
+
     def start(self, resources: Resources) -> list[Any]:
-        missing = [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
-        unscored = self.scored is not None and not self.scored.exists()
-        if not missing and not unscored:
+        if not self.to_do:
             return []
         self.actor = (
             ray.remote(ModelActor)
             .options(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=2, max_task_retries=2)
             .remote(self.home.uri, self.wanted.model.model_id, self.decoding.dtype, resources.threads)
         )
-        for i in missing:
+        for i in self.missing:
             self.fresh[i] = {}
             self.total += len(self.wanted.prompt_sets[i])
             by_length = sorted(self.wanted.prompt_sets[i], key=lambda p: (len(p.text), p.id))
             together = _BATCHES_PER_CALL * self.decoding.batch_size
             for at in range(0, len(by_length), together):
                 self.tasks[self.actor.answer.remote(by_length[at : at + together], self.decoding)] = i
-        if unscored:
+        if self.unscored:
             self.tasks[self.actor.perplexity.remote(self.wanted.neutral_text)] = None
         return list(self.tasks)
 

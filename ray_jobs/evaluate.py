@@ -177,7 +177,6 @@ def _answers(
         for name, row in models.items()
     ]
     workers = recipe.workers
-    require_room(workers, 1)  # the models answer one after another where there is no more
     resources = Resources(
         cpus=workers.cpus_per_worker,
         gpus=1 if workers.use_gpu else 0,
@@ -189,6 +188,8 @@ def _answers(
             wanted,
             decoding=decoding,
             resources=resources,
+            # One model after another answers where there is no more room.
+            before_start=lambda: require_room(workers, 1),
             on_progress=lambda model_id, done, total: meter.show(f"evaluate: answers of {model_id}", done, total),
         )
     return dict(zip(models, given, strict=True))
@@ -288,9 +289,10 @@ def newest_trained(ledger: Ledger, deployment: str) -> ModelRow:
     with ledger.read() as session:
         row = session.scalar(
             sa.select(ModelRow)
-            .join(RunRow, RunRow.run_id == ModelRow.run_id)
-            .where(RunRow.recipe["serving"]["deployment"].as_string() == deployment)
-            .order_by(ModelRow.created_at.desc())
+            # Not by the model's own run: equal weights of another run keep the row that was first.
+            .join(RunRow, RunRow.output_model_id == ModelRow.model_id)
+            .where(RunRow.kind == "train", RunRow.recipe["serving"]["deployment"].as_string() == deployment)
+            .order_by(RunRow.created_at.desc())
             .limit(1)
         )
     if row is None:

@@ -158,7 +158,7 @@ def score_reference(
     """
     unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
     workers = recipe.workers
-    require_room(workers, workers.workers)
+    require_room(workers, 1)  # the others join as they find room
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

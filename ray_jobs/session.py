@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from app.config import Recipe, WorkerSection, load_recipe
@@ -129,30 +130,36 @@ def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) ->
         count: workers that must run at once.
         reading: CPUs that must be free beside them.
 
+    Nodes that an autoscaler would add are not waited for.
+
     Raises:
-        ServiceError: no node is large enough for one worker, or the cluster has too little that is free.
+        ServiceError: no node is large enough for one worker, or the nodes have too little that is free.
     """
     one = {"CPU": workers.cpus_per_worker, "GPU": 1.0 if workers.use_gpu else 0.0}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(kind, 0.0) >= number for kind, number in one.items()) for node in nodes):
+    if not _places(nodes, one):
         largest = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
         msg = f"a worker needs {one['CPU']:g} CPUs and {one['GPU']:g} GPUs on one node; the nodes have {largest}\n\nHint: lower workers.cpus_per_worker, or set workers.use_gpu to false."
         raise ServiceError(msg)
-    needed = {kind: number * count for kind, number in one.items()}
-    needed["CPU"] += reading
     end = time.monotonic() + _FREED_S
     while True:
-        free = ray.available_resources()
-        short = [kind for kind, number in needed.items() if free.get(kind, 0.0) < number]
-        if not short:
+        free = list(available_resources_per_node().values())
+        cpus, places = sum(node.get("CPU", 0.0) for node in free), _places(free, one)
+        if places >= count and cpus >= one["CPU"] * count + reading:
             return
         if time.monotonic() > end:
             break
         time.sleep(0.2)  # what the stage before gave back may still be on its way
-    beside = f" and {reading:g} for reading" if reading else ""
-    text = ", ".join(f"need {needed[kind]:g} {kind}s, the cluster has {free.get(kind, 0.0):g} free" for kind in short)
-    msg = f"{count} worker(s) with {one['CPU']:g} CPUs{beside} {text}\n\nHint: lower workers.workers or workers.cpus_per_worker, or wait for other jobs to end."
+    gpus = " and 1 GPU" if workers.use_gpu else ""
+    beside = f" and {reading:g} CPUs for reading" if reading else ""
+    msg = f"{count} worker(s) with {one['CPU']:g} CPUs{gpus} each{beside} do not fit: the cluster has {cpus:g} CPUs free, with places for {places} of them\n\nHint: lower workers.workers or workers.cpus_per_worker, or wait for other jobs to end."
     raise ServiceError(msg)
+
+
+def _places(nodes: Sequence[dict[str, float]], one: dict[str, float]) -> int:
+    """Count the workers that these nodes hold, each on one node."""
+    asked = {kind: number for kind, number in one.items() if number}
+    return sum(min(int(node.get(kind, 0.0) / number) for kind, number in asked.items()) for node in nodes)
 
 
 def _running_cluster(home: Home) -> str | None:

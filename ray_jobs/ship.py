@@ -12,6 +12,7 @@ import getpass
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import sqlalchemy as sa
 from app.config import Recipe
 from app.errors import HOLD_EXIT_CODE, DataError, LedgerError, ServiceError
 from app.ledger import ChampionRow, EvaluationRow, Ledger, ModelRow
-from app.services import APPLICATION, REPLICA, ServeApi, Services
+from app.services import APPLICATION, REPLICA, ServeApi, Services, is_near
 from app.storage import Home
 from ray_jobs.session import Session, run_job
 
@@ -177,7 +178,8 @@ def _move(
             restored = ledger.restore_champion(
                 before, expected_revision=after.revision, actor=actor, reason=f"undone: {error}"
             )
-            _tell(home, restored)
+            with suppress(ServiceError):  # what does not answer now is told by the error that is on its way
+                _tell(home, restored)
         raise
     return ShipResult(
         shipped=True,
@@ -238,7 +240,7 @@ def _replicas(services: Services, key: str) -> list[dict[str, Any]]:
             f"{services.gateway_url}/v1/admin/status",
             headers={"Authorization": f"Bearer {key}"},
             timeout=30,
-            trust_env=False,
+            trust_env=not is_near(services.gateway_url),
         )
         found: list[dict[str, Any]] = reply.json()["replicas"] if reply.is_success else []
     except (httpx.HTTPError, ValueError):

@@ -150,6 +150,9 @@ def train(
     except KeyboardInterrupt:
         _record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
+    except Exception as error:
+        _record_end(ledger, run_id, status="failed", error=f"{type(error).__name__}: {error}")
+        raise
 
 
 def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:

@@ -245,13 +245,22 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: S
 
 
 def held_out_measures(home: Home, run_id: str) -> list[PairMeasure]:
-    """Return what a finished run measured on its held-out pairs; nothing where it left no result."""
+    """Return what a finished run measured on its held-out pairs; nothing where it left no result.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     run = home.artifact("runs", run_id)
     try:
-        result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
+        return [
+            PairMeasure(**measure)
+            for measure in json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))["measures"]
+        ]
     except FileNotFoundError:
         return []
-    return [PairMeasure(**measure) for measure in result["measures"]]
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: without this file the run can be evaluated, but its reward accuracy is not known."
+        raise DataError(msg) from None
 
 
 def _barrier(workers: Workers) -> None:

@@ -74,8 +74,9 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
         _deploy(home, section, champion, ServeApi(services.ray_dashboard_url))
         _wait_until_healthy(services)
     except BaseException:
-        with _undisturbed():
+        with _undisturbed(), suppress(ServiceError):  # the first error is the one to tell
             stop(home, services)
+        forget_services(home)
         raise
     return services
 
@@ -216,8 +217,12 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
     existing = running.get("http_options") or {}
     wanted = {"host": section.host, "port": section.port, "request_timeout_s": section.request_timeout_s}
     if running.get("proxies"):
-        # Serve sets these when it starts, and says nothing of later values.
-        differing = {key: existing.get(key) for key, value in wanted.items() if existing.get(key) != value}
+        # Serve sets these when it starts, and says nothing of later values. What it does not tell is not known.
+        differing = {
+            key: existing[key]
+            for key, value in wanted.items()
+            if existing.get(key) is not None and existing[key] != value
+        }
         if differing:
             found = ", ".join(f"{key} {value}" for key, value in differing.items())
             asked = ", ".join(f"{key} {wanted[key]}" for key in differing)

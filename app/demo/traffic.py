@@ -17,6 +17,7 @@ import httpx
 from app.config import CollectSection
 from app.errors import ServiceError
 from app.evaluation.prompts import load_prompts
+from app.services import is_near
 
 _CLIENTS = 12
 STREAMS = 6
@@ -100,7 +101,7 @@ class Traffic:
         }
 
     def _ask_on(self) -> None:
-        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=False) as client:
+        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=not is_near(self._url)) as client:
             while not self._stop.is_set():
                 try:
                     answer = client.post(self._url, json=self._body(_SHORT_TOKENS)).raise_for_status().json()
@@ -110,7 +111,7 @@ class Traffic:
                     self._count(model=str(answer["model"]))
 
     def _stream_on(self) -> None:
-        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=False) as client:
+        with httpx.Client(headers=self._headers, timeout=_WAIT_S, trust_env=not is_near(self._url)) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 model, finished, told = "", False, ""

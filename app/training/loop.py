@@ -234,7 +234,8 @@ def measure_exported(
 ) -> tuple[PreTrainedModel, list[PairMeasure]]:
     """Merge the adapters, and score held-out groups with the very weights that leave the run.
 
-    Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. Where the base is
+    Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
+    fine-tuning leave as they are, in fp32; a replica rounds them to `serving.dtype` as it loads them.) Where the base is
     the reference, it is asked before it is merged. The policy is of no use afterwards.
 
     Returns:
@@ -243,11 +244,14 @@ def measure_exported(
     if section.reference == "adapter_off":
         device = next(policy.parameters()).device
         policy.train(mode=False)
-        groups = with_reference_logps(
-            groups,
+        # `measure` divides them in the same way, so what other ranks score needs no reference here.
+        mine = with_reference_logps(
+            rank_share(groups, rank=workers.rank, world_size=workers.size),
             lambda batch: _reference(policy, batch.to(device), section),
             token_budget=section.micro_batch_tokens,
         )
+        scored = {group.group_id: group for group in mine}
+        groups = [scored.get(group.group_id, group) for group in groups]
         section = section.model_copy(update={"reference": "precomputed"})
     model = merged_model(policy)
     measured = measure(ScoringModel(model), groups, objective=objective, section=section, workers=workers)
@@ -274,7 +278,7 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
 
 
 def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
-    """Compare packed scores with plain padded rows on a few groups and return how far they are apart, see `_noise`.
+    """Compare packed scores with plain rows on a few groups and return how far they are apart, see `_noise`.
 
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.

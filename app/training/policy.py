@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from app.config import TrainSection
 from app.errors import ModelError
@@ -40,13 +41,18 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    linear = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    layers = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    linear = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, layers)}
     # peft passes over a name that fits nothing as long as another one fits.
     unknown = [t for t in section.lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
     if unknown:
-        msg = f"`{start.model_id}` has no linear layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its linear layers are {', '.join(sorted(set(linear.values())))}."
+        msg = f"`{start.model_id}` has no layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its layers are {', '.join(sorted(set(linear.values())))}."
         raise ModelError(msg)
-    adapted = get_peft_model(start.model, config)
+    try:
+        adapted = get_peft_model(start.model, config)
+    except ValueError as error:
+        msg = f"adapters do not fit `{start.model_id}`: {error}"
+        raise ModelError(msg) from None
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             # Autocast casts what an adapter computes with; peft would first copy its input to fp32.

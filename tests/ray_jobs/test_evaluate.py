@@ -55,6 +55,7 @@ def stage(tmp_path_factory, tiny_model):
                 status="succeeded",
                 recipe={"serving": {"deployment": "default"}},
                 metrics={},
+                output_model_id=candidate.model_id,
                 attempt=1,
                 code_version="0",
                 created_at=now(),
@@ -206,6 +207,25 @@ def test_a_model_and_a_verdict_belong_to_their_deployment(stage, verdict):
     other = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, "run-1")
     assert (verdict.deployment, other.deployment) == ("default", "support")
     assert other.evaluation_id != verdict.evaluation_id
+
+
+def test_a_model_that_cannot_be_loaded_is_told_without_a_trace_and_at_once(cluster, stage, tmp_path):
+    home, ledger, recipe, _, _ = stage
+    folder = write_tiny_model(tmp_path / "spoilt", seed=2)
+    spoilt = register_folder(home, ledger, folder, name="spoilt", lineage=Lineage(kind="full"))
+    Path(home.artifact("models", spoilt.model_id).path, "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"config.json` differs from its manifest") as told:
+        evaluate(home, ledger, recipe, spoilt.model_id, None)
+    assert "Traceback" not in str(told.value)
+
+
+def test_a_damaged_result_of_a_run_is_named(stage):
+    home, ledger, recipe, _, candidate = stage
+    damaged = Path(home.artifact("runs", "run-2").path, RESULT)
+    damaged.parent.mkdir()
+    damaged.write_text('{"measures": [{}]}')
+    with pytest.raises(DataError, match=r"run-2/result.json` is damaged"):
+        evaluate(home, ledger, recipe, candidate.model_id, "run-2")
 
 
 def test_an_unknown_model_and_missing_files_are_named_before_anything_runs(stage):

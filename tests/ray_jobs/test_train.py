@@ -203,12 +203,12 @@ def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(clus
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(sft)
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 6})})
-    with pytest.raises(ServiceError, match="need 6.25 CPUs, the cluster has 6 free"):
+    with pytest.raises(ServiceError, match="the cluster has 6 CPUs free, with places for 6 of them"):
         train(home, ledger, recipe, snapshot_id, run_id="starved")
     with ledger.read() as session:
         row = session.get_one(RunRow, "starved")
     assert row.status == "failed"
-    assert "need 6.25 CPUs" in row.error
+    assert "6 worker(s) with 1 CPUs each and 0.25 CPUs for reading do not fit" in row.error
 
 
 def test_a_worker_that_no_node_can_hold_is_refused(cluster, stage):
@@ -218,6 +218,20 @@ def test_a_worker_that_no_node_can_hold_is_refused(cluster, stage):
         asked = recipe.model_copy(update={"workers": recipe.workers.model_copy(update=change)})
         with pytest.raises(ServiceError, match=told):
             train(home, ledger, asked, snapshot_id, run_id=f"large-{len(told)}")
+
+
+def test_a_run_that_cannot_leave_its_model_is_a_failed_run(unbroken, stage, monkeypatch):
+    home, ledger, _, snapshot_id, sft = stage
+
+    def full_disk(*_args, **_settings):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ray_jobs.train.register_folder", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        train(home, ledger, recipe_for(sft), snapshot_id, run_id="full-disk")
+    with ledger.read() as session:
+        row = session.get_one(RunRow, "full-disk")
+    assert (row.status, row.error) == ("failed", "OSError: no space left")
 
 
 @pytest.mark.parametrize("damage", ["lost", "changed"])

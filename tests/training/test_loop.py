@@ -209,7 +209,7 @@ def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
     section = SECTION.model_copy(update={"lora": LoraSection(target_modules=("q_proj", "qkv_proj"))})
-    with pytest.raises(ModelError, match=r"no linear layer `qkv_proj` .*\n\n.*q_proj"):
+    with pytest.raises(ModelError, match=r"no layer `qkv_proj` .*\n\n.*q_proj"):
         build_policy(start(), section)
 
 
@@ -254,6 +254,30 @@ def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, 
     wrong, left = (sum(abs(row.margin - margins[row.pair_id]) for row in rows) for rows in (before, measures))
     assert left < wrong / 2
     assert max(abs(m.margin) for m in measures) > 0.08
+
+
+@pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
+def test_two_ranks_measure_the_exported_weights_like_one(start, reference):
+    groups = [replace(group, reference_logps=(-5.0,) * len(group.responses)) for group in make_groups(7)]
+    section = SECTION.model_copy(update={"reference": reference})
+
+    def measures(rank: int, size: int):
+        workers = SingleWorker()
+        workers.rank, workers.size = rank, size
+        policy = build_policy(start(), section)
+        with torch.no_grad():
+            for name, parameter in trainable(policy).items():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        _, rows = measure_exported(policy, groups, objective=OBJECTIVE, section=section, workers=workers)
+        return rows
+
+    one, shares = measures(0, 1), [measures(rank, 2) for rank in (0, 1)]
+    both = sorted([row for share in shares for row in share], key=lambda row: row.pair_id)
+    assert all(shares)
+    assert [row.pair_id for row in both] == [row.pair_id for row in one]
+    assert [row.margin for row in both] == pytest.approx([row.margin for row in one], abs=1e-5)
+    assert max(abs(row.margin) for row in one) > 0.05
 
 
 def test_full_fine_tuning_leaves_its_fp32_weights(start):
