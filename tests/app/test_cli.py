@@ -13,7 +13,9 @@ from app.storage import HOME_VARIABLE
 def test_ctrl_c_during_an_import_is_one_message_and_leaves_nothing_behind(home, tmp_path):
     source = tmp_path / "pairs.jsonl"
     os.mkfifo(source)
-    command = [sys.executable, "-c", "from app.cli import main; main()", "import", str(source), "--to", "mine"]
+    # Where the tests run in the background of a shell, SIGINT is ignored, and a child inherits that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from app.cli import main; main()"
+    command = [sys.executable, "-c", code, "import", str(source), "--to", "mine"]
     environment = {**os.environ, HOME_VARIABLE: home.uri}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         pipe = None
