@@ -154,18 +154,12 @@ class _Work:
         self.decoding = decoding
         self.artifacts = [self._answers_artifact(prompts) for prompts in wanted.prompt_sets]
         self.scored = self._perplexity_artifact()
+        self.missing = [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
+        self.unscored = self.scored is not None and not self.scored.exists()
         self.fresh: dict[int, dict[str, Answer]] = {}
         self.tasks: dict[Any, int | None] = {}
         self.done = self.total = 0
         self.actor: Any = None
-
-    @property
-    def missing(self) -> list[int]:
-        return [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
-
-    @property
-    def unscored(self) -> bool:
-        return self.scored is not None and not self.scored.exists()
 
     @property
     def to_do(self) -> bool:

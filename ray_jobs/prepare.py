@@ -153,7 +153,7 @@ def score_reference(
     """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order.
 
     Raises:
-        ServiceError: the cluster has no room for the actors.
+        ServiceError: the cluster has no room for one actor.
         DataError: rows were lost.
     """
     unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)

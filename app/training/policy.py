@@ -1,7 +1,8 @@
 """The policy: a scoring model with something to train, its reference, and the weights it leaves behind.
 
 With adapters the frozen base stays in the compute type and the adapters are fp32; full fine-tuning keeps fp32 master
-weights and leaves them so, since a step at its learning rates is smaller than what bf16 can tell apart. The reference is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
+weights and leaves them so, since a step at its learning rates is smaller than what bf16 can tell apart. The reference
+is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
 """
 
 from contextlib import AbstractContextManager
@@ -41,12 +42,12 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    layers = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
-    linear = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, layers)}
+    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    layers = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, kinds)}
     # peft passes over a name that fits nothing as long as another one fits.
-    unknown = [t for t in section.lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
+    unknown = [t for t in section.lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in layers)]
     if unknown:
-        msg = f"`{start.model_id}` has no layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its layers are {', '.join(sorted(set(linear.values())))}."
+        msg = f"`{start.model_id}` has no layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its layers are {', '.join(sorted(set(layers.values())))}."
         raise ModelError(msg)
     try:
         adapted = get_peft_model(start.model, config)

@@ -1,8 +1,8 @@
 """One module for backbone and head: token ids in, summed log-probability of each response out.
 
 `ScoringModel` is what gets wrapped, sharded and compiled; logits never leave it. The head runs only on the rows that
-predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` is the oracle: one row for each
-response through the model's own attention, as any other library would do it.
+predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` is the oracle: one row for each response
+through the model's own attention, as any other library would do it.
 """
 
 from collections.abc import Callable, Sequence
