@@ -9,7 +9,6 @@ baselines, with intervals by prompt cluster.
 
 import argparse
 import dataclasses
-import json
 import sys
 import threading
 import uuid
@@ -35,12 +34,19 @@ from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
-from app.training.loop import PairMeasure
 from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
-from ray_jobs.worker import EXPORT, RESULT, SHUFFLE_WINDOW, TrainTask, epoch_dataset, train_worker
+from ray_jobs.worker import (
+    EXPORT,
+    SHUFFLE_WINDOW,
+    TrainTask,
+    epoch_dataset,
+    held_out_measures,
+    summary,
+    train_worker,
+)
 
 _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
@@ -277,11 +283,9 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 
 def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> TrainResult:
     run_id = task.identity.run_id
-    run = home.artifact("runs", run_id)
-    result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
-    measures = [PairMeasure(**m) for m in result["measures"]]
+    measures = held_out_measures(home, run_id)
     learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
-    metrics = {**result["summary"], "steps": task.total_steps}
+    metrics: dict[str, Any] = {**summary(measures), "steps": task.total_steps}
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
     export = home.artifact(f"runs/{run_id}", EXPORT)

@@ -8,7 +8,6 @@ function lives in a module of its own because a train function of `__main__` doe
 import functools
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -133,7 +132,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         metrics = asdict(report)
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
-            metrics |= _summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
+            metrics |= summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
         if report.step % section.checkpoint_every == 0 or last:
             if workers.rank == 0:
                 save_checkpoint(home, task.identity, policy, optimizer, step=report.step)
@@ -213,16 +212,6 @@ def _first_groups(task: TrainTask) -> list[Group]:
     return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
 
 
-def _summary(measures: Sequence[PairMeasure]) -> dict[str, float]:
-    count = max(1, len(measures))
-    return {
-        "held_out_loss": sum(m.loss for m in measures) / count,
-        "held_out_accuracy": sum(m.margin > 0 for m in measures) / count,
-        "held_out_ties": sum(m.margin == 0 for m in measures) / count,
-        "held_out_margin": sum(m.margin for m in measures) / count,
-    }
-
-
 def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: Sequence[PairMeasure]) -> None:
     home = task.home()
     artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
@@ -239,7 +228,7 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: S
             if path.is_file():
                 filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
     artifact.write_manifest({"run_id": task.identity.run_id})
-    result = {"measures": [asdict(m) for m in measures], "summary": _summary(measures), "pid": os.getpid()}
+    result = {"measures": [asdict(m) for m in measures]}
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
@@ -261,6 +250,19 @@ def held_out_measures(home: Home, run_id: str) -> list[PairMeasure]:
     except (ValueError, TypeError, KeyError) as error:
         msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: without this file the run can be evaluated, but its reward accuracy is not known."
         raise DataError(msg) from None
+
+
+def summary(measures: Sequence[PairMeasure]) -> dict[str, float]:
+    """Return the means over held-out pairs, by the names of the ledger's metrics; nothing where there are none."""
+    if not measures:
+        return {}
+    count = len(measures)
+    return {
+        "held_out_loss": sum(m.loss for m in measures) / count,
+        "held_out_accuracy": sum(m.margin > 0 for m in measures) / count,
+        "held_out_ties": sum(m.margin == 0 for m in measures) / count,
+        "held_out_margin": sum(m.margin for m in measures) / count,
+    }
 
 
 def _barrier(workers: Workers) -> None:
