@@ -83,13 +83,13 @@ def import_(
 @cli.command("build-pairs")
 def build_pairs(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Turn the feedback of the ledger into a pair snapshot."""
-    _job("ray_jobs.build_pairs", recipe, overrides)
+    _job("build_pairs", recipe, overrides)
 
 
 @cli.command()
 def prepare(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Tokenise a pair snapshot and score the frozen reference."""
-    _job("ray_jobs.prepare", recipe, overrides)
+    _job("prepare", recipe, overrides)
 
 
 @cli.command()
@@ -99,7 +99,7 @@ def train(
     run: Annotated[str | None, typer.Option(help="Run id; an existing one continues.")] = None,
 ) -> None:
     """Train the policy against the frozen reference and say whether it learned."""
-    _job("ray_jobs.train", recipe, overrides, *_given("--run", run))
+    _job("train", recipe, overrides, *_given("--run", run))
 
 
 @cli.command()
@@ -109,7 +109,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model id; default: the newest.")] = None,
 ) -> None:
     """Measure a candidate and let the gate decide; exit code 3 is HOLD."""
-    _job("ray_jobs.evaluate", recipe, overrides, *_given("--model", model))
+    _job("evaluate", recipe, overrides, *_given("--model", model))
 
 
 @cli.command()
@@ -120,19 +120,19 @@ def ship(
     actor: Actor = None,
 ) -> None:
     """Make a model with verdict SHIP the champion, without dropping a request."""
-    _job("ray_jobs.ship", recipe, overrides, *_given("--actor", actor), *_given("--model", model))
+    _job("ship", recipe, overrides, *_given("--actor", actor), *_given("--model", model))
 
 
 @cli.command()
 def rollback(recipe: RecipePath, overrides: Overrides = [], actor: Actor = None) -> None:  # noqa: B006
     """Put the previous champion back."""
-    _job("ray_jobs.ship", recipe, overrides, "--rollback", *_given("--actor", actor))
+    _job("ship", recipe, overrides, "--rollback", *_given("--actor", actor))
 
 
 @cli.command()
 def loop(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Run every step from feedback to ship; continues where it was interrupted."""
-    _job("ray_jobs.loop", recipe, overrides)
+    _job("loop", recipe, overrides)
 
 
 @cli.command()
@@ -149,7 +149,7 @@ def serve(
     if recipe is None:
         _run([sys.executable, "-m", "serving.deploy", "--stop"])
     else:
-        _job("serving.deploy", recipe, overrides, *(["--detach"] if detach else []))
+        _run([sys.executable, "-m", "serving.deploy", *_recipe(recipe, overrides), *(["--detach"] if detach else [])])
 
 
 @cli.command()
@@ -180,9 +180,12 @@ def _home() -> Home:
     return Home.from_environment()
 
 
-def _job(module: str, recipe: Path, overrides: Sequence[str], *arguments: str) -> None:
-    settings = [part for override in overrides for part in ("--set", override)]
-    _run([sys.executable, "-m", module, str(recipe), *settings, *arguments])
+def _job(name: str, recipe: Path, overrides: Sequence[str], *arguments: str) -> None:
+    _run([sys.executable, "-m", "ray_jobs", name, *_recipe(recipe, overrides), *arguments])
+
+
+def _recipe(recipe: Path, overrides: Sequence[str]) -> list[str]:
+    return [str(recipe), *(part for override in overrides for part in ("--set", override))]
 
 
 def _given(option: str, value: str | None) -> tuple[str, ...]:

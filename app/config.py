@@ -163,7 +163,7 @@ class EvaluateSection(Section):
     golden: str | None = Field(None, description="JSONL of golden prompts with `must` / `must_not` patterns.")
     neutral_text: str | None = Field(None, description="Text file for perplexity.")
     max_prompts: int | None = Field(None, ge=1, description="Use the first N prompts.")
-    max_new_tokens: int = Field(96, ge=1, description="Token limit of an answer; cut answers are invalid.")
+    max_new_tokens: int = Field(256, ge=1, description="Token limit of an answer; cut answers are invalid.")
     batch_size: int = Field(16, ge=1, description="Answers generated together.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompt-cluster bootstrap.")
     gate: GateSection = GateSection()

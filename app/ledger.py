@@ -183,8 +183,8 @@ class EvaluationRow(Base):
 
     __tablename__ = "evaluations"
     evaluation_id: Mapped[str] = mapped_column(primary_key=True)
-    deployment: Mapped[str | None] = mapped_column(index=True)
-    """Whose champion it was compared with; None in rows of the first ledger, which no deployment ships."""
+    deployment: Mapped[str] = mapped_column(index=True)
+    """Whose champion it was compared with; no other deployment ships by it."""
     model_id: Mapped[str] = mapped_column(index=True)
     model_digest: Mapped[str]
     champion_id: Mapped[str]

@@ -239,11 +239,12 @@ def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the hash of all that turns a conversation into token ids, 32 hex digits: equal digests give equal ids.
 
-    That is the chat template, the vocabulary, the merges and what is done to text before them.
+    That is the chat template, the vocabulary, the merges, the tokens that are never split and what is done to text before.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
-    text_rules = [core.get("normalizer"), core.get("pre_tokenizer"), core.get("model", {}).get("merges")]
+    text_rules = [core.get(part) for part in ("normalizer", "pre_tokenizer", "added_tokens")]
+    text_rules.append(core.get("model", {}).get("merges"))
     return content_hash([str(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), text_rules])
 
 
@@ -460,6 +461,7 @@ def _card(model_id: str, lineage: Lineage, source: str | None) -> str:
         "source": source,
         "run": lineage.run_id,
         "training snapshot": lineage.snapshot_id,
+        "pairs of a SIMULATED audience": (lineage.metrics or {}).get("simulated_pairs") or None,
         "prefloop": app.__version__,
     }
     lines = "\n".join(f"- {key}: {value}" for key, value in rows.items() if value is not None)

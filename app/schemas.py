@@ -88,6 +88,7 @@ PAIR_SCHEMA = _versioned(
         ("response_ids", pa.list_(pa.string())),
         ("event_ids", pa.list_(pa.string())),
         ("subject", pa.string()),
+        ("simulated", pa.bool_()),
         ("created_at", pa.timestamp("us", tz="UTC")),
     ],
 )
@@ -255,6 +256,8 @@ class Pair:
     response_ids: tuple[str, ...] = ()
     event_ids: tuple[str, ...] = ()
     subject: str | None = None
+    simulated: bool = False
+    """Whether a judgement of a simulated audience is behind it."""
     created_at: datetime = field(default_factory=lambda: datetime(1970, 1, 1, tzinfo=UTC))
 
     @property
@@ -291,6 +294,7 @@ class Pair:
             response_ids=tuple(row["response_ids"] or ()),
             event_ids=tuple(row["event_ids"] or ()),
             subject=row["subject"],
+            simulated=row["simulated"],
             created_at=row["created_at"],
         )
 

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import secrets
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ APPLICATION = "prefloop"
 REPLICA = "Replica"
 """Name of the Serve deployment whose `user_config` names the model."""
 _FILE = "services.json"
+_INNER_NAMES = (".svc", ".cluster.local", ".internal", ".local", ".localhost")
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,15 @@ class ServeApi:
         self.url = dashboard_url.rstrip("/")
 
     def reachable(self) -> bool:
-        """Tell whether a dashboard is here; what cannot be connected to is gone.
+        """Tell whether a dashboard is here; what refuses a connection is gone.
 
         Raises:
-            ServiceError: something listens, but does not answer or refuses the token. That is not the same as nothing: a
+            ServiceError: nothing answers in time, or what listens refuses the token. That is not the same as nothing: a
                 service may run behind it.
         """
         try:
             reply = self._request("GET", "/api/version")
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+        except httpx.ConnectError:
             return False
         except httpx.HTTPError as error:
             raise self._silent(error) from None
@@ -161,12 +163,15 @@ class ServeApi:
 
 
 def is_near(url: str) -> bool:
-    """Tell whether a URL names this machine or a private address, which no proxy of the environment is asked for."""
+    """Tell whether a URL is of this machine or a private network, for which no proxy of the environment is asked.
+
+    Names are not resolved: near are this machine's, those without a dot, and those that end as inner names do.
+    """
     host = httpx.URL(url).host
     try:
-        return ipaddress.ip_address(host).is_private  # the loopback addresses among them
+        return not ipaddress.ip_address(host).is_global  # loopback and private addresses
     except ValueError:
-        return host == "localhost"
+        return "." not in host or host.endswith(_INNER_NAMES) or host == socket.getfqdn()
 
 
 def submitted_runtime_env() -> dict[str, Any]:

@@ -16,19 +16,26 @@ def read_status(home: Home, ledger: Ledger) -> list[StatusTable]:
     """Return (title, columns, rows) for each table."""
     services = Services.read(home)
     with ledger.read() as session:
-        responses = session.scalar(sa.select(sa.func.count()).select_from(ResponseRow)) or 0
-        kinds = session.execute(sa.select(FeedbackRow.kind, sa.func.count()).group_by(FeedbackRow.kind)).all()
+        responses = session.execute(
+            sa.select(ResponseRow.origin, sa.func.count()).group_by(ResponseRow.origin).order_by(ResponseRow.origin)
+        ).all()
+        kinds = session.execute(
+            sa.select(FeedbackRow.kind, FeedbackRow.origin, sa.func.count())
+            .group_by(FeedbackRow.kind, FeedbackRow.origin)
+            .order_by(FeedbackRow.kind, FeedbackRow.origin)
+        ).all()
         champions = session.scalars(sa.select(ChampionRow)).all()
         snapshots = session.scalars(sa.select(SnapshotRow).order_by(SnapshotRow.created_at.desc()).limit(_NEWEST)).all()
         runs = session.scalars(sa.select(RunRow).order_by(RunRow.created_at.desc()).limit(_NEWEST)).all()
         verdicts = session.scalars(
             sa.select(EvaluationRow).order_by(EvaluationRow.created_at.desc()).limit(_NEWEST)
         ).all()
-    feedback = ", ".join(f"{count} {kind}" for kind, count in kinds) or "none"
+    answers = ", ".join(f"{count} {_loud(origin)}" for origin, count in responses) or "none"
+    feedback = ", ".join(f"{count} {kind} ({_loud(origin)})" for kind, origin, count in kinds) or "none"
     overview = [
         ("home", home.uri),
         ("gateway", services.gateway_url if services else "not running (prefloop serve RECIPE)"),
-        ("responses", str(responses)),
+        ("responses", answers),
         ("feedback", feedback),
     ]
     return [
@@ -54,3 +61,7 @@ def read_status(home: Home, ledger: Ledger) -> list[StatusTable]:
             [(v.model_id, v.verdict, f"{v.created_at:%Y-%m-%d %H:%M}") for v in verdicts],
         ),
     ]
+
+
+def _loud(origin: str) -> str:
+    return origin.upper() if origin == "simulated" else origin

@@ -230,6 +230,7 @@ def _thumb(gateway: Gateway, turn: Turn) -> None:
         gateway.give_feedback(turn.answer.response_id, "thumb", value, event_id=uuid.uuid4().hex)
     except ServiceError as error:
         st.session_state[_PROBLEM] = error
+        st.session_state[key] = None if turn.thumb is None else int(turn.thumb == "up")
         return
     turn.thumb, turn.reasons_sent = value, False
 

@@ -235,7 +235,11 @@ def _lineage(ledger: Ledger, where: Standing, row: ModelRow) -> None:
             lines.append(f"  run {run.run_id}  {run.status}, reference {run.reference_model_id}")
         pairs = reads.pair_snapshot_of(ledger, ancestor.snapshot_id)
         if pairs is not None:
-            lines.append(f"    pairs {pairs.snapshot_id}  {reads.manifest_rows(pairs):,} rows")
+            simulated = reads.manifest_simulated(pairs)
+            lines.append(
+                f"    pairs {pairs.snapshot_id}  {reads.manifest_rows(pairs):,} rows"
+                + (f", {simulated:,} of them of a SIMULATED audience" if simulated else "")
+            )
             lines.append(f"      {_signals(where, pairs.snapshot_id)}")
     st.code("\n".join(lines), language=None, wrap_lines=True)
     nearest = reads.pair_snapshot_of(ledger, row.snapshot_id)

@@ -158,6 +158,7 @@ def _row(pair: Pair) -> dict[str, object]:
         "chosen": _short(pair.chosen.content if pair.chosen else ""),
         "rejected": _short(pair.rejected.content if pair.rejected else ""),
         "weight": pair.weight,
+        "simulated": pair.simulated,
         "model": next((r.model_id for r in (pair.rejected, pair.chosen) if r and r.model_id), None),
         "judged": pair.created_at,
     }
@@ -171,7 +172,8 @@ def _short(text: str | None) -> str:
 def _detail(pair: Pair) -> None:
     with st.container(border=True):
         with st.container(key="meta-pair"):
-            st.text(f"pair {pair.pair_id}, {pair.source}, {pair.split}, weight {pair.weight:g}")
+            simulated = ", judged by a SIMULATED audience" if pair.simulated else ""
+            st.text(f"pair {pair.pair_id}, {pair.source}, {pair.split}, weight {pair.weight:g}{simulated}")
         for message in pair.prompt:
             st.text(f"{message.role}: {message.content or ''}")
         left, right = st.columns(2, gap="small")

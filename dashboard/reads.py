@@ -332,6 +332,11 @@ def manifest_dropped(row: SnapshotRow) -> dict[str, int]:
     return dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0])))
 
 
+def manifest_simulated(row: SnapshotRow) -> int:
+    """Return how many rows of a pair snapshot a simulated audience is behind."""
+    return int(row.manifest.get("counts", {}).get("simulated", 0))
+
+
 def trainable_pairs(row: SnapshotRow) -> int:
     """Return how many pairs count towards the least number that trains: neither unpaired rows nor held-out pairs do."""
     return int(row.manifest.get("counts", {}).get("pairs_by_split", {}).get("train", 0))

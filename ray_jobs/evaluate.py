@@ -284,21 +284,24 @@ def _asked_again(ledger: Ledger, evaluation_id: str) -> EvaluationRow:
     return row
 
 
-def newest_trained(ledger: Ledger, deployment: str) -> ModelRow:
-    """Return the newest model that a run trained for a deployment; raises DataError where there is none."""
+def newest_trained(ledger: Ledger, deployment: str) -> tuple[str, str | None]:
+    """Return model and run of the training for a deployment that ended last; raises DataError where there is none."""
     with ledger.read() as session:
-        row = session.scalar(
-            sa.select(ModelRow)
+        row = session.execute(
             # Not by the model's own run: equal weights of another run keep the row that was first.
-            .join(RunRow, RunRow.output_model_id == ModelRow.model_id)
-            .where(RunRow.kind == "train", RunRow.recipe["serving"]["deployment"].as_string() == deployment)
-            .order_by(RunRow.created_at.desc())
+            sa.select(RunRow.output_model_id, RunRow.run_id)
+            .where(
+                RunRow.kind == "train",
+                RunRow.output_model_id.is_not(None),
+                RunRow.recipe["serving"]["deployment"].as_string() == deployment,
+            )
+            .order_by(RunRow.updated_at.desc())
             .limit(1)
-        )
+        ).one_or_none()
     if row is None:
         msg = f"no model was trained for deployment `{deployment}`\n\nHint: run `prefloop train`, or name a model with --model."
         raise DataError(msg)
-    return row
+    return str(row.output_model_id), row.run_id
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,11 +312,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _body(session: Session, options: argparse.Namespace) -> int:
     home, ledger, recipe = session.home, session.ledger, session.recipe
-    candidate = (
-        newest_trained(ledger, recipe.serving.deployment) if options.model is None else _model(ledger, options.model)
-    )
+    if options.model is None:
+        candidate_id, run_id = newest_trained(ledger, recipe.serving.deployment)
+    else:
+        named = _model(ledger, options.model)
+        candidate_id, run_id = named.model_id, named.run_id
     with ray_cluster(home):
-        row = evaluate(home, ledger, recipe, candidate.model_id, candidate.run_id)
+        row = evaluate(home, ledger, recipe, candidate_id, run_id)
     Console().print(
         f"[bold]{row.verdict}[/bold] {row.model_id}: {home.uri}/evaluations/{row.evaluation_id}/report.md",
         highlight=False,

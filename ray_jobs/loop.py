@@ -39,11 +39,11 @@ from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
 from ray_jobs.evaluate import evaluate, read_material
-from ray_jobs.prepare import prepare
+from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
-from ray_jobs.train import print_learning, train
+from ray_jobs.train import print_learning, require_train_room, train
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -201,10 +201,7 @@ def _stages(session: Session, run: LoopRun, console: Console) -> str:
     pairs = run.stage("build_pairs", lambda: _made_pairs(home, ledger, recipe))
     _say(console, "build_pairs", f"{pairs['pairs']} pairs from {pairs['by_source']}")
     with ray_cluster(home):
-        prepared = run.stage(
-            "prepare",
-            lambda: {"snapshot": prepare(home, ledger, recipe, pairs["snapshot"], console=console).snapshot_id},
-        )
+        prepared = run.stage("prepare", lambda: _prepared(home, ledger, recipe, pairs["snapshot"], console))
         _say(console, "prepare", f"training snapshot {prepared['snapshot']}")
         trained = run.stage("train", lambda: _trained(home, ledger, recipe, prepared["snapshot"], run, console))
         _say(console, "train", f"{trained['steps']} steps, model {trained['model']}")
@@ -246,6 +243,13 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
         "by_source": row.manifest["counts"]["by_source"],
         "dropped": row.manifest["counts"]["dropped"],
     }
+
+
+def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
+    require_train_room(recipe)
+    row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)
+    print_summary(console, row)
+    return {"snapshot": row.snapshot_id, "dropped": row.manifest["counts"]["dropped"]}
 
 
 def _trained(

@@ -100,6 +100,7 @@ def prepare(
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
         raise DataError(msg)
     ordered = global_order(groups, recipe.prepare.seed)
+    simulated = {pair.pair_id for pair in pairs if pair.simulated}
     precomputed = recipe.train.reference == "precomputed"
     if precomputed:
         ordered = _with_reference(home, ledger, recipe, reference, ordered, console)
@@ -121,6 +122,7 @@ def prepare(
             "dropped": dict(audit.dropped),
             "truncated": audit.truncated,
             "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
+            "simulated": sum(p.pair_id in simulated for g in ordered for p in g.pairs),
             "reference_model": reference.model_id if precomputed else None,
         },
         rows_per_file=recipe.prepare.rows_per_file,
@@ -242,7 +244,8 @@ def print_summary(console: Console, row: SnapshotRow) -> None:
     console.print(f"training snapshot [bold]{row.snapshot_id}[/bold]: {shown}", highlight=False)
     if counts["dropped"]:
         console.print(
-            "left out: " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()), highlight=False
+            "left out of training: " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()),
+            highlight=False,
         )
 
 

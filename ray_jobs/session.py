@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) ->
     while True:
         free = list(available_resources_per_node().values())
         cpus, places = sum(node.get("CPU", 0.0) for node in free), _places(free, one)
-        if places >= count and cpus >= one["CPU"] * count + reading:
+        if any(_places(left, one) >= count for left in _without(free, reading)):
             return
         if time.monotonic() > end:
             break
@@ -159,7 +159,16 @@ def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) ->
 def _places(nodes: Sequence[dict[str, float]], one: dict[str, float]) -> int:
     """Count the workers that these nodes hold, each on one node."""
     asked = {kind: number for kind, number in one.items() if number}
-    return sum(min(int(node.get(kind, 0.0) / number) for kind, number in asked.items()) for node in nodes)
+    # 1.2 / 0.4 is a little less than 3.
+    return sum(min(int(node.get(kind, 0.0) / number + 1e-6) for kind, number in asked.items()) for node in nodes)
+
+
+def _without(nodes: Sequence[dict[str, float]], cpus: float) -> Iterator[list[dict[str, float]]]:
+    """Yield what is left when one node gives these CPUs, for each node that has them."""
+    for i, node in enumerate(nodes):
+        left = node.get("CPU", 0.0) - cpus
+        if left >= -1e-6:
+            yield [*nodes[:i], {**node, "CPU": left}, *nodes[i + 1 :]]
 
 
 def _running_cluster(home: Home) -> str | None:

@@ -12,7 +12,6 @@ import getpass
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,8 +177,11 @@ def _move(
             restored = ledger.restore_champion(
                 before, expected_revision=after.revision, actor=actor, reason=f"undone: {error}"
             )
-            with suppress(ServiceError):  # what does not answer now is told by the error that is on its way
+            try:
                 _tell(home, restored)
+            except ServiceError as silent:
+                msg = f"{error}\n\nThe champion of the ledger is `{before.model_id}` again, but the service could not be told: {silent}\n\nHint: it may still change to `{model.model_id}`; start it again with `prefloop serve`."
+                raise ServiceError(msg) from None
         raise
     return ShipResult(
         shipped=True,

@@ -40,6 +40,7 @@ from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
 from ray_jobs.worker import (
     EXPORT,
+    RESULT,
     SHUFFLE_WINDOW,
     TrainTask,
     epoch_dataset,
@@ -211,6 +212,8 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
     manifest = check_binding(
         snapshot,
         template_digest=template_digest(load_tokenizer(home, start.model_id)),
+        max_length=recipe.prepare.max_length,
+        too_long=recipe.prepare.too_long,
         reference_digest=reference.digest if precomputed else None,
         dtype=recipe.train.dtype,
     )
@@ -220,9 +223,14 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
         raise DataError(msg)
 
 
+def require_train_room(recipe: Recipe) -> None:
+    """Refuse a run that the cluster has no room for, before hours go into what comes before it; raises ServiceError."""
+    require_room(recipe.workers, recipe.workers.workers, reading=_READ_CPUS)
+
+
 def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
     workers = recipe.workers
-    require_room(workers, workers.workers, reading=_READ_CPUS)
+    require_train_room(recipe)
     options = ray.data.ExecutionOptions(preserve_order=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -284,8 +292,12 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> TrainResult:
     run_id = task.identity.run_id
     measures = held_out_measures(home, run_id)
+    if measures is None:
+        msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
+        raise DataError(msg)
     learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
-    metrics: dict[str, Any] = {**summary(measures), "steps": task.total_steps}
+    counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
+    metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts["simulated"]}
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
     export = home.artifact(f"runs/{run_id}", EXPORT)
@@ -343,7 +355,7 @@ def _record_end(
         row = session.get_one(RunRow, run_id)
         row.status, row.error, row.updated_at = status, error, now()
         row.metrics = {**row.metrics, **(metrics or {})}
-        row.output_model_id = output_model_id
+        row.output_model_id = output_model_id or row.output_model_id
 
 
 def _recipe_digest(recipe: Recipe) -> str:
@@ -387,6 +399,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
+            require_train_room(recipe)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

@@ -233,8 +233,8 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: S
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
 
-def held_out_measures(home: Home, run_id: str) -> list[PairMeasure]:
-    """Return what a finished run measured on its held-out pairs; nothing where it left no result.
+def held_out_measures(home: Home, run_id: str) -> list[PairMeasure] | None:
+    """Return what a finished run measured on its held-out pairs, or None where it left no result.
 
     Raises:
         DataError: the file is damaged.
@@ -246,9 +246,9 @@ def held_out_measures(home: Home, run_id: str) -> list[PairMeasure]:
             for measure in json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))["measures"]
         ]
     except FileNotFoundError:
-        return []
+        return None
     except (ValueError, TypeError, KeyError) as error:
-        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: without this file the run can be evaluated, but its reward accuracy is not known."
+        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which a gate with reward_accuracy_over holds."
         raise DataError(msg) from None
 
 

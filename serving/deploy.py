@@ -61,7 +61,11 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
         raise ServiceError(msg)
     url = f"http://{section.host}:{section.port}"
     cluster = _find_cluster(known)
-    if cluster is None:
+    # Before anything is recorded or started: what fails later is taken down again, and a service may run here already.
+    running = {} if cluster is None else ServeApi(cluster.ray_dashboard_url).details()
+    if running.get("proxies"):
+        _check_http_options(section, running.get("http_options") or {})
+    else:
         _check_port(section.host, section.port)
     champion = first_champion(home, ledger, recipe)
     if cluster is None:
@@ -76,7 +80,6 @@ def start(home: Home, ledger: Ledger, recipe: Recipe, *, started_by: str = "user
     except BaseException:
         with _undisturbed(), suppress(ServiceError):  # the first error is the one to tell
             stop(home, services)
-        forget_services(home)
         raise
     return services
 
@@ -214,23 +217,6 @@ def _started(services: Services) -> bool:
 
 def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: ServeApi) -> None:
     running = api.details()
-    existing = running.get("http_options") or {}
-    wanted = {"host": section.host, "port": section.port, "request_timeout_s": section.request_timeout_s}
-    if running.get("proxies"):
-        # Serve sets these when it starts, and says nothing of later values. What it does not tell is not known.
-        differing = {
-            key: existing[key]
-            for key, value in wanted.items()
-            if existing.get(key) is not None and existing[key] != value
-        }
-        if differing:
-            found = ", ".join(f"{key} {value}" for key, value in differing.items())
-            asked = ", ".join(f"{key} {wanted[key]}" for key in differing)
-            settings = " ".join(f"--set serving.{key}={value}" for key, value in differing.items())
-            msg = f"Ray Serve runs in this cluster already with {found}, the recipe asks for {asked}\n\nHint: run with `{settings}`, or use a cluster of its own."
-            raise ServiceError(msg)
-    else:
-        _check_port(section.host, section.port)
     # Started by a submitted job, the replicas run the code that was submitted; else what is installed.
     code = {key: value for key, value in submitted_runtime_env().items() if key == "working_dir"}
     application = {
@@ -256,10 +242,30 @@ def _deploy(home: Home, section: ServingSection, champion: ChampionRow, api: Ser
     api.put(
         {
             "proxy_location": running.get("proxy_location") or "HeadOnly",
-            "http_options": wanted,
+            "http_options": _http_options(section),
             "applications": [*others, application],
         }
     )
+
+
+def _http_options(section: ServingSection) -> dict[str, Any]:
+    return {"host": section.host, "port": section.port, "request_timeout_s": section.request_timeout_s}
+
+
+def _check_http_options(section: ServingSection, found: dict[str, Any]) -> None:
+    """Refuse other values than those of a Serve that runs: it reads them when it starts and ignores later ones."""
+    wanted = _http_options(section)
+    # A timeout that it does not tell is none; another option that it does not tell is not known.
+    known = {"request_timeout_s": None} | {key: value for key, value in found.items() if value is not None}
+    differing = {key: known[key] for key in wanted if key in known and known[key] != wanted[key]}
+    if not differing:
+        return
+    has = ", ".join(f"{key} {'none' if value is None else value}" for key, value in differing.items())
+    asks = ", ".join(f"{key} {wanted[key]}" for key in differing)
+    settings = " ".join(f"--set serving.{key}={value}" for key, value in differing.items() if value is not None)
+    remedy = f"run with `{settings}`, or use" if settings and None not in differing.values() else "use"
+    msg = f"Ray Serve runs in this cluster already with {has}, the recipe asks for {asks}\n\nHint: {remedy} a cluster of its own."
+    raise ServiceError(msg)
 
 
 def _wait_until_healthy(services: Services) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from app.config import Recipe, load_recipe
 from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
 from app.evaluation.prompts import Prompt, PromptSplit, load_prompts, split_prompts
 from app.evaluation.rules import load_style
-from app.ledger import EvaluationRow, FeedbackRow, Ledger, RunRow
+from app.ledger import EvaluationRow, FeedbackRow, Ledger, ResponseRow, RunRow
 from app.schemas import content_hash
 from app.services import Services
 from app.storage import HOME_VARIABLE, Home, write_atomically
@@ -61,24 +62,27 @@ def run_demo(
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     path = home.local("demo", REPORT)
-    # A round that fails has no report; the one before would be taken for its.
+    # A round that is interrupted has no report; the one before would be taken for its.
     path.unlink(missing_ok=True)
     began = time.time()
     arguments = [part for setting in settings for part in ("--set", setting)]
     try:
-        code = _child([sys.executable, "-m", "ray_jobs.loop", str(recipe), *arguments], home)
+        code = _child([sys.executable, "-m", "ray_jobs", "loop", str(recipe), *arguments], home)
     finally:
         services = Services.read(home)
         # Also one that an earlier demo left when it was killed; never one that a user started.
         if services is not None and services.started_by == "loop":
             _child([sys.executable, "-m", "serving.deploy", "--stop"], home)
     ledger = Ledger.open(home.ledger_url)
-    if code not in (0, HOLD_EXIT_CODE) and not _ended_since(ledger, loaded.name, began):
-        console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
-        return code
-    report = make_report(ledger, loaded.name, last_attempt_s=time.time() - began)
+    ended = code in (0, HOLD_EXIT_CODE) or _ended_since(ledger, loaded.name, began)
+    report = {"exit_code": code, "error": None if code in (0, HOLD_EXIT_CODE) else _error(ledger, loaded.name, began)}
+    if ended:
+        report |= make_report(ledger, loaded.name, last_attempt_s=time.time() - began)
     write_atomically(home.filesystem, str(path), json.dumps(report, indent=1).encode())
-    print_closing(console, report, path, recipe)
+    if ended:
+        print_closing(console, report, path, recipe)
+    else:
+        console.print(f"the demo stopped with exit code {code}; the message stands above. Run it again to continue.")
     return code
 
 
@@ -94,6 +98,18 @@ def _ended_since(ledger: Ledger, recipe_name: str, began: float) -> bool:
     return run is not None and run.status == "succeeded" and run.updated_at.timestamp() >= began
 
 
+def _error(ledger: Ledger, recipe_name: str, began: float) -> str:
+    """Return what ended the round of this attempt, or where to look for it."""
+    with ledger.read() as session:
+        run = _newest_round(session, recipe_name)
+    if run is None or run.updated_at.timestamp() < began:
+        return "the loop stopped before its round began; the message stands on the terminal"
+    if run.error is not None:
+        return run.error
+    shipped = run.metrics["stages"].get("ship", {})
+    return f"the round shipped, and its simulated load failed: {shipped.get('failed_requests', 0)} requests failed, {shipped.get('streams_across_switch', 0)} streams crossed the switch"
+
+
 def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> dict[str, Any]:
     """Collect the figures of the newest finished round from the ledger; its stages may have taken several attempts."""
     with ledger.read() as session:
@@ -103,7 +119,11 @@ def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> d
         evaluation = session.get_one(EvaluationRow, stages["evaluate"]["evaluation"])
         kinds = session.execute(
             sa.select(FeedbackRow.kind, sa.func.count())
-            .where(FeedbackRow.created_at >= run.created_at)
+            .join(ResponseRow, ResponseRow.response_id == FeedbackRow.response_id)
+            .where(
+                FeedbackRow.created_at >= run.created_at,
+                ResponseRow.deployment == run.recipe["serving"]["deployment"],
+            )
             .group_by(FeedbackRow.kind)
         ).all()
     shipped = stages.get("ship", {})
@@ -118,7 +138,7 @@ def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> d
         "responses": stages["collect"]["answers"],
         "feedback_events": {kind: count for kind, count in kinds},  # noqa: C416  rows are not tuples to dict()
         "pairs": stages["build_pairs"]["by_source"],
-        "dropped": stages["build_pairs"]["dropped"],
+        "dropped": dict(Counter(stages["build_pairs"]["dropped"]) + Counter(stages["prepare"]["dropped"])),
         "train_steps": stages["train"]["steps"],
         "reward_accuracy": stages["train"]["reward_accuracy"],
         **{key: figures[key] for key in ("win_rate", "ci_low", "ci_high", "n_prompts", "length_ratio", "golden")},
@@ -129,6 +149,7 @@ def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> d
         "requests_during_switch": shipped.get("requests_during_switch", 0),
         "failed_requests": shipped.get("failed_requests", 0),
         "streams_across_switch": shipped.get("streams_across_switch", 0),
+        "switched_under_load": shipped.get("switched_under_load", False),
         "models_seen": shipped.get("models_seen", {}),
     }
 
@@ -153,14 +174,18 @@ def print_closing(console: Console, report: Mapping[str, Any], path: Path, recip
     console.print(
         f"A SIMULATED audience ({report['simulated_audience']}) saw {report['responses']} answers and gave {events} "
         f"judgements, which made {pairs} pairs. DPO took {report['train_steps']} steps; held-out reward accuracy "
-        f"{report['reward_accuracy'] or 0:.0%}. The new model wins {win} against the champion "
+        f"{'not known' if report['reward_accuracy'] is None else format(report['reward_accuracy'], '.0%')}. The new model wins {win} against the champion "
         f"(length ratio {report['length_ratio']:.2f}).",
         highlight=False,
     )
     if report["verdict"] == "SHIP":
         console.print(
-            f"{report['champion_before']} was replaced by {report['champion_after']} under "
-            f"{report['requests_during_switch']} requests, of which {report['failed_requests']} failed.",
+            f"{report['champion_before']} was replaced by {report['champion_after']}"
+            + (
+                f" under {report['requests_during_switch']} requests, of which {report['failed_requests']} failed."
+                if report["switched_under_load"]
+                else "."
+            ),
             highlight=False,
         )
     else:

@@ -202,6 +202,7 @@ class _Log:
             response_ids=tuple(sorted({a.response_id for a in sides})),
             event_ids=event_ids,
             subject=subject_hash(subjects.pop()) if len(subjects) == 1 else None,
+            simulated=any(e.origin == "simulated" for e in events),
             created_at=max(e.created_at for e in events),
         )
         self.candidates.append(Candidate(pair, f"event {', '.join(event_ids)}"))

@@ -125,6 +125,7 @@ def _merged(pair: Pair, others: Sequence[Pair]) -> Pair:
         response_ids=tuple(sorted({i for p in everyone for i in p.response_ids})),
         event_ids=tuple(sorted({i for p in everyone for i in p.event_ids})),
         subject=pair.subject if len({p.subject for p in everyone}) == 1 else None,
+        simulated=any(p.simulated for p in everyone),
         created_at=max(p.created_at for p in everyone),
     )
 

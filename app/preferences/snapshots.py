@@ -81,6 +81,7 @@ def write_pair_snapshot(
             "by_label": _counted(str(row["label"]).lower() for row in rows if row["label"] is not None),
             "by_split": _counted(row["split"] for row in rows),
             "pairs_by_split": _counted(row["split"] for row in rows if row["label"] is None),
+            "simulated": sum(row["simulated"] for row in rows),
             "clusters": len({row["cluster"] for row in rows}),
             "dropped": reasons,
         },

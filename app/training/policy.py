@@ -26,7 +26,8 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
     """Make the trainable policy out of the start model; equal seeds give equal adapters on every worker.
 
     Raises:
-        ModelError: one of `lora.target_modules` exists nowhere in the model.
+        ModelError: one of `lora.target_modules` names no layer that can take an adapter. Embeddings cannot: where input
+            and output share their weights, an adapter that was trained on one side would be merged into both.
     """
     torch.manual_seed(section.seed)
     if section.adapter == "full":
@@ -42,12 +43,16 @@ def build_policy(start: LoadedModel, section: TrainSection) -> ScoringModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
-    layers = {n: n.rsplit(".", 1)[-1] for n, m in start.model.named_modules() if isinstance(m, kinds)}
+    head = start.model.get_output_embeddings()
+    layers = {
+        name: name.rsplit(".", 1)[-1]
+        for name, module in start.model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
     # peft passes over a name that fits nothing as long as another one fits.
     unknown = [t for t in section.lora.target_modules if not any(n == t or n.endswith(f".{t}") for n in layers)]
     if unknown:
-        msg = f"`{start.model_id}` has no layer {', '.join(f'`{name}`' for name in unknown)} that lora.target_modules names\n\nHint: its layers are {', '.join(sorted(set(layers.values())))}."
+        msg = f"`{start.model_id}` has no layer {', '.join(f'`{name}`' for name in unknown)} that can take an adapter, as lora.target_modules asks\n\nHint: its layers are {', '.join(sorted(set(layers.values())))}."
         raise ModelError(msg)
     try:
         adapted = get_peft_model(start.model, config)

@@ -143,23 +143,35 @@ def write_training_snapshot(
 
 
 def check_binding(
-    artifact: Artifact, *, template_digest: str, reference_digest: str | None, dtype: str
+    artifact: Artifact,
+    *,
+    template_digest: str,
+    max_length: int,
+    too_long: str,
+    reference_digest: str | None,
+    dtype: str,
 ) -> dict[str, Any]:
     """Return the manifest of a training snapshot that fits a run.
 
     Args:
         artifact: the snapshot.
         template_digest: of the policy's tokenizer.
+        max_length: tokens that a row may have, as the run wants it.
+        too_long: what the run wants done with longer rows.
         reference_digest: of the reference whose log-probabilities the run wants to read, or None.
         dtype: compute type of the run.
 
     Raises:
-        DataError: the snapshot was made with another chat template, another reference or another compute type.
+        DataError: the snapshot was made with another chat template, another truncation, another reference or another
+            compute type.
     """
     manifest = artifact.manifest()
     binding = Binding(**manifest["binding"])
     if binding.template_digest != template_digest:
         msg = f"training snapshot `{artifact.name}` was made with another chat template ({binding.template_digest[:8]}…, the policy has {template_digest[:8]}…)\n\nHint: run `prefloop prepare` again."
+        raise DataError(msg)
+    if (binding.max_length, binding.too_long) != (max_length, too_long):
+        msg = f"training snapshot `{artifact.name}` was made with prepare.max_length = {binding.max_length} and prepare.too_long = {binding.too_long}, the recipe says {max_length} and {too_long}\n\nHint: run `prefloop prepare` again, or set these values as the snapshot has them."
         raise DataError(msg)
     if reference_digest is not None and (binding.reference_digest, binding.dtype) != (reference_digest, dtype):
         msg = f"training snapshot `{artifact.name}` has reference log-probabilities of {binding.reference_digest or 'no model'} in {binding.dtype}, the run needs {reference_digest} in {dtype}\n\nHint: run `prefloop prepare` again."

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from app.config import PairSection, Recipe
+from app.errors import DataError
 from app.ledger import (
     ApprovalRow,
     EvaluationRow,
@@ -27,7 +28,7 @@ from app.training.tokenization import Label, Preference
 from ray_jobs.build_pairs import build_pairs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v1"
-PAIRS, TRAINING, MODEL = "336bc990bb4f1cf5", "78d4cfc8e215afe3", "sft-a2dc0fe6d7a6"
+PAIRS, TRAINING, MODEL = "cdbb7dc88d38116f", "88d91019f90be46b", "sft-a2dc0fe6d7a6"
 START = datetime(2026, 11, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 CALL = ToolCall("call-1", "wetter", '{"ort": "Zürich"}')
 
@@ -148,6 +149,8 @@ def test_the_pair_snapshot_of_version_1_is_read(old, old_ledger):
     unpaired = sorted(
         (p.label, (p.chosen or p.rejected).content) for p in read_pairs(old, PAIRS) if p.kind == "unpaired"
     )
+    simulated = {p.event_ids for p in read_pairs(old, PAIRS) if p.simulated}
+    assert simulated == {("e09",)}, "r06 was liked by a simulated audience"
     assert unpaired == [(False, "Because of the sea."), (False, "It just is."), (True, "In Zürich sind es 9 °C.")]
 
 
@@ -171,8 +174,22 @@ def test_the_training_snapshot_of_version_1_is_read(old, old_ledger):
     artifact.verify()
     first, second = read_groups(artifact, Split.TRAIN)
     manifest = check_binding(
-        artifact, template_digest="template", reference_digest=loaded_digest(old), dtype="bfloat16"
+        artifact,
+        template_digest="template",
+        max_length=512,
+        too_long="drop",
+        reference_digest=loaded_digest(old),
+        dtype="bfloat16",
     )
+    with pytest.raises(DataError, match=r"max_length = 512 .*, the recipe says 256 and drop"):
+        check_binding(
+            artifact,
+            template_digest="template",
+            max_length=256,
+            too_long="drop",
+            reference_digest=None,
+            dtype="bfloat16",
+        )
     assert manifest["splits"]["train"] == {"rows": 2, "pairs": 1, "labels": 1, "tokens": 11}
     assert manifest["counts"] == {"kept": 3, "dropped": {"too_long": 1}}
     assert (first.group_id, first.cluster, first.prompt_ids) == ("group-a", "cluster-a", (1, 2, 3))

@@ -23,11 +23,12 @@ def finished_round(ledger, *, shipped: bool):
         "serve": {"champion": "sft-1"},
         "collect": {"answers": 828},
         "build_pairs": {"by_source": {"edit": 9, "thumbs": 30}, "dropped": {"tie": 3}},
+        "prepare": {"snapshot": "t", "dropped": {"longer_than_window": 2, "tie": 1}},
         "train": {"steps": 60, "reward_accuracy": 0.8, "model": "demo-2"},
         "evaluate": {"evaluation": "e1"},
     }
     if shipped:
-        stages["ship"] = {"requests_during_switch": 116, "failed_requests": 0, "streams_across_switch": 2}
+        stages["ship"] = {"requests_during_switch": 116, "failed_requests": 1, "streams_across_switch": 2}
     figures = {
         "win_rate": 0.7,
         "ci_low": 0.6,
@@ -74,6 +75,7 @@ def test_the_report_of_a_shipped_round_names_both_champions(ledger):
     assert report["seconds"] == {"total": 500.0, "train": 150.0}
     assert report["responses"] == 828
     assert report["requests_during_switch"] == 116
+    assert report["dropped"] == {"tie": 4, "longer_than_window": 2}, "those of prepare count too"
     wanted = "seconds responses feedback_events pairs dropped train_steps reward_accuracy win_rate ci_low ci_high n_prompts length_ratio golden verdict champion_before champion_after requests_during_switch failed_requests"
     assert set(wanted.split()) <= report.keys()
 
@@ -87,13 +89,24 @@ def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
     assert report["reasons"] == ["the lower bound is 48 %"]
 
 
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_round_that_fails_has_a_report_only_if_it_shipped_and_never_that_of_the_round_before(
-    home, ledger, monkeypatch, ended
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [
+        ("shipped", "1 requests failed, 2 streams crossed"),
+        ("failed", "worker 1 died"),
+        ("not begun", "before its round began"),
+    ],
+)
+def test_a_round_that_fails_says_so_in_its_report_which_is_never_that_of_the_round_before(
+    home, ledger, monkeypatch, ended, told
 ):
     def loop(_command, _home):
-        if ended:
-            finished_round(ledger, shipped=True)
+        if ended != "not begun":
+            finished_round(ledger, shipped=ended == "shipped")
+        if ended == "failed":
+            with ledger.write() as session:
+                run = session.get_one(RunRow, "demo-loop-1")
+                run.status, run.error = "stopped", "worker 1 died"
         return 1
 
     report = home.local("demo", "report.json")
@@ -102,8 +115,10 @@ def test_a_round_that_fails_has_a_report_only_if_it_shipped_and_never_that_of_th
     monkeypatch.setattr("app.demo.runner._child", loop)
     options = {"audience": "style", "style": None, "prompts": None, "overrides": []}
     assert run_demo(home, recipe=Path(RECIPE), **options) == 1
-    assert report.exists() == ended
-    assert not ended or json.loads(report.read_text())["run"] == "demo-loop-1"
+    said = json.loads(report.read_text())
+    assert said["exit_code"] == 1
+    assert told in said["error"]
+    assert ("verdict" in said) == (ended == "shipped")
 
 
 def test_wrong_options_are_refused_before_anything_starts(home, tmp_path):

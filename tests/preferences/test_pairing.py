@@ -280,6 +280,11 @@ def test_simulated_events_are_counted():
     assert made([A], [thumb("a", "up", origin="simulated")]).report.simulated_events == 1
 
 
+def test_a_pair_with_one_simulated_judgement_is_simulated():
+    pairing = made([A, B, C], [thumb("a", "up", origin="simulated"), thumb("b", "down"), compare("b", "A>B", "c")])
+    assert {c.pair.source: c.pair.simulated for c in pairing.candidates} == {"thumbs": True, "comparison": False}
+
+
 def test_a_popular_prompt_uses_every_vote_without_making_every_pair():
     answers = [answer(f"r{i:03}", f"text {i}") for i in range(300)]
     votes = [thumb(a.response_id, "up" if i < 100 else "down") for i, a in enumerate(answers)]

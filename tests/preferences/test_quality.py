@@ -40,11 +40,11 @@ def test_the_same_row_of_several_sources_keeps_the_most_trusted_one_and_all_even
     day = datetime(2026, 1, 2, tzinfo=UTC)
     kept, reasons = settled(
         pair("a", "b", source="thumbs", event_ids=("e1", "e2"), response_ids=("r1",), created_at=day),
-        pair("a", "b", source="comparison", event_ids=("e3",), response_ids=("r2",)),
+        pair("a", "b", source="comparison", event_ids=("e3",), response_ids=("r2",), simulated=True),
     )
     assert reasons == {"duplicate": 1}
     assert (kept[0].source, kept[0].event_ids, kept[0].response_ids) == ("comparison", ("e1", "e2", "e3"), ("r1", "r2"))
-    assert kept[0].created_at == day
+    assert (kept[0].created_at, kept[0].simulated) == (day, True)
 
 
 @pytest.mark.parametrize("better", range(len(Source) - 1))

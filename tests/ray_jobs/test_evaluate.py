@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,7 @@ def test_a_verdict_that_is_asked_for_again_becomes_the_newest(stage, verdict):
 
 def test_a_model_and_a_verdict_belong_to_their_deployment(stage, verdict):
     home, ledger, recipe, _, candidate = stage
-    assert newest_trained(ledger, "default").model_id == candidate.model_id
+    assert newest_trained(ledger, "default") == (candidate.model_id, "run-1")
     with pytest.raises(DataError, match=r"no model was trained for deployment `support`.*\n\n.*--model"):
         newest_trained(ledger, "support")
     tree = recipe.model_dump(mode="json")
@@ -209,7 +210,29 @@ def test_a_model_and_a_verdict_belong_to_their_deployment(stage, verdict):
     assert other.evaluation_id != verdict.evaluation_id
 
 
-def test_a_model_that_cannot_be_loaded_is_told_without_a_trace_and_at_once(cluster, stage, tmp_path):
+def test_the_newest_model_is_that_of_the_training_that_ended_last_not_of_the_one_that_began_last(ledger):
+    def run(name: str, *, began: int, ended: int, model: str | None) -> RunRow:
+        return RunRow(
+            run_id=name,
+            kind="train",
+            status="succeeded",
+            recipe={"serving": {"deployment": "default"}},
+            metrics={},
+            output_model_id=model,
+            attempt=1,
+            code_version="0",
+            created_at=now() - timedelta(hours=began),
+            updated_at=now() - timedelta(hours=ended),
+        )
+
+    with ledger.write() as session:
+        session.add(run("continued", began=9, ended=1, model="a"))
+        session.add(run("later", began=5, ended=4, model="b"))
+        session.add(run("running", began=1, ended=0, model=None))
+    assert newest_trained(ledger, "default") == ("a", "continued")
+
+
+def test_a_model_that_cannot_be_loaded_is_told_without_a_trace(cluster, stage, tmp_path):
     home, ledger, recipe, _, _ = stage
     folder = write_tiny_model(tmp_path / "spoilt", seed=2)
     spoilt = register_folder(home, ledger, folder, name="spoilt", lineage=Lineage(kind="full"))

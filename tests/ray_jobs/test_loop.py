@@ -99,7 +99,7 @@ def stages(monkeypatch):
     """The stages of a round, each replaced by what it returns."""
     monkeypatch.setattr(loop, "ray_cluster", lambda _: io.StringIO())
     monkeypatch.setattr(loop, "_made_pairs", lambda *_: {"pairs": 1, "by_source": {}, "snapshot": "p"})
-    monkeypatch.setattr(loop, "prepare", lambda *_, **__: type("Row", (), {"snapshot_id": "t"}))
+    monkeypatch.setattr(loop, "_prepared", lambda *_: {"snapshot": "t", "dropped": {}})
     monkeypatch.setattr(loop, "_trained", lambda *_: {"steps": 1, "model": "m", "run": "r"})
     monkeypatch.setattr(loop, "_judged", lambda *_: {"evaluation": "e", "verdict": "SHIP"})
     return monkeypatch

@@ -1,14 +1,19 @@
 """A job joins its cluster or says why not, and ends in order when the cluster stops it."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from app.config import WorkerSection
 from app.errors import ServiceError
-from ray_jobs.session import ray_cluster
+from app.storage import HOME_VARIABLE
+from ray_jobs import session
+from ray_jobs.session import ray_cluster, require_room
 
 JOB = """
 import time
@@ -39,6 +44,50 @@ def test_sigterm_unwinds_a_job_that_has_joined_a_cluster_as_ctrl_c_does(home, tm
         out, err = job.communicate(timeout=60)
     assert (job.returncode, out) == (130, "unwound\n")
     assert err == "job: interrupted; what was acknowledged is kept\n"
+
+
+@pytest.mark.parametrize("job", ["train", "loop", "ship"])
+def test_ctrl_c_while_a_job_still_imports_what_it_needs_is_one_message(home, job):
+    # Where the tests run in the background of a shell, SIGINT is ignored, and a child inherits that.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from ray_jobs.__main__ import main;"
+        "print('here', flush=True); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, job, "recipes/demo_only.yaml"]
+    environment = {**os.environ, HOME_VARIABLE: home.uri}
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=environment
+    ) as process:
+        assert process.stdout.readline() == "here\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted before anything was done\n")
+
+
+@pytest.mark.parametrize(
+    ("free", "workers", "reading", "fits"),
+    [
+        ([{"CPU": 1.2}], 3, 0.0, True),  # 1.2 / 0.4 is a little less than 3
+        ([{"CPU": 1.2}], 3, 0.25, False),
+        ([{"CPU": 1.45}], 3, 0.25, True),
+        ([{"CPU": 0.5}, {"CPU": 0.5}], 2, 0.2, False),  # enough in all, on no node beside a worker
+        ([{"CPU": 0.6}, {"CPU": 0.5}], 2, 0.2, True),
+        ([{"CPU": 0.9}, {}], 2, 0.0, True),
+        ([{"CPU": 0.3}] * 5, 1, 0.0, False),
+    ],
+)
+def test_workers_fit_where_each_has_a_node_and_reading_has_one_too(monkeypatch, free, workers, reading, fits):
+    monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(session, "available_resources_per_node", lambda: dict(enumerate(free)))
+    monkeypatch.setattr(session, "_FREED_S", 0.0)
+    section = WorkerSection(cpus_per_worker=0.4)
+    if fits:
+        require_room(section, workers, reading=reading)
+    else:
+        with pytest.raises(ServiceError, match="do not fit"):
+            require_room(section, workers, reading=reading)
 
 
 def test_the_address_of_a_dashboard_is_refused_with_a_word_on_which_one_is_meant(home, monkeypatch):

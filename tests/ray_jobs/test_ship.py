@@ -2,10 +2,14 @@
 
 import shutil
 
+import pytest
+
 from app.config import parse_recipe
+from app.errors import ServiceError
 from app.ledger import EvaluationRow, now
 from app.models import Lineage, ensure_sft, register_folder
 from app.services import ServeApi, Services
+from ray_jobs import ship as shipping
 from ray_jobs.ship import roll_back, ship
 from tests.conftest import write_tiny_model
 
@@ -42,3 +46,28 @@ def test_the_first_ship_can_be_rolled_back_to_the_sft_model(home, ledger, tiny_m
     back = roll_back(home, ledger, recipe, "ana")
     assert (back.shipped, back.model_id) == (True, sft.model_id)
     assert ledger.champion("default").previous_model_id == model.model_id
+
+
+def test_a_service_that_cannot_be_told_that_the_champion_is_back_is_not_said_to_serve_it(
+    home, ledger, tiny_model, tmp_path, monkeypatch
+):
+    sft = ensure_sft(home, ledger, str(shutil.copytree(tiny_model, tmp_path / "sft")))
+    folder = write_tiny_model(tmp_path / "new", seed=1)
+    model = register_folder(home, ledger, folder, name="new", lineage=Lineage(kind="merged", parent_id=sft.model_id))
+    recipe = parse_recipe({"name": "first", "model": {"sft": str(tmp_path / "sft")}}, place="test")
+    ledger.set_champion("default", sft.model_id, expected_revision=0, actor="ana", reason="first")
+    ledger.set_champion("default", model.model_id, expected_revision=1, actor="ana", reason="second")
+
+    def fails(words):
+        def fail(*_, **__):
+            raise ServiceError(words)
+
+        return fail
+
+    monkeypatch.setattr(shipping, "_serve", fails("1 of 2 replicas serve it"))
+    monkeypatch.setattr(shipping, "_tell", fails("the dashboard does not answer"))
+    with pytest.raises(ServiceError) as told:
+        roll_back(home, ledger, recipe, "ana")
+    for words in ("1 of 2 replicas", "the dashboard does not answer", f"may still change to `{sft.model_id}`"):
+        assert words in str(told.value)
+    assert ledger.champion("default").model_id == model.model_id

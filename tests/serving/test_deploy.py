@@ -11,7 +11,7 @@ from app.errors import ServiceError
 from app.services import Services
 from app.storage import LEDGER_VARIABLE, Home
 from serving.application import Gateway, ServiceArgs
-from serving.deploy import main
+from serving.deploy import _check_http_options, main
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,23 @@ def test_stop_leaves_a_process_alone_that_took_over_a_recorded_id(tmp_path, monk
     assert main(["--stop"]) == 0
     assert bystander.poll() is None
     assert Services.read(home) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"host": "127.0.0.1", "port": 8000, "request_timeout_s": 300.0}, None),
+        ({"request_timeout_s": 300.0}, None),  # where it listens is not told
+        ({"port": 8001, "request_timeout_s": 300.0}, "has port 8001, .* asks for port 8000.*--set serving.port=8001"),
+        ({"port": 8000}, "has request_timeout_s none, .* asks for request_timeout_s 300.*use a cluster of its own"),
+    ],
+)
+def test_options_that_a_running_serve_would_ignore_are_refused(found, words):
+    if words is None:
+        _check_http_options(ServingSection(), found)
+        return
+    with pytest.raises(ServiceError, match=f"(?s){words.replace('has ', 'with ')}"):
+        _check_http_options(ServingSection(), found)
 
 
 def test_a_gateway_that_would_write_to_another_ledger_than_the_jobs_read_is_refused_without_telling_a_password(

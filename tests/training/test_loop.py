@@ -213,6 +213,13 @@ def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
         build_policy(start(), section)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_embeddings_get_no_adapter_because_input_and_output_may_share_their_weights(start, name):
+    section = SECTION.model_copy(update={"lora": LoraSection(target_modules=("q_proj", name))})
+    with pytest.raises(ModelError, match=f"no layer `{name}` that can take an adapter"):
+        build_policy(start(), section)
+
+
 def test_the_merged_model_scores_like_the_policy(start):
     groups = make_groups(4)
     section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0})

@@ -41,6 +41,7 @@ def upgrade() -> None:
     op.create_table(
         "evaluations",
         sa.Column("evaluation_id", sa.String(), nullable=False),
+        sa.Column("deployment", sa.String(), nullable=False),
         sa.Column("model_id", sa.String(), nullable=False),
         sa.Column("model_digest", sa.String(), nullable=False),
         sa.Column("champion_id", sa.String(), nullable=False),
@@ -51,6 +52,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("evaluation_id"),
     )
+    op.create_index(op.f("ix_evaluations_deployment"), "evaluations", ["deployment"], unique=False)
     op.create_index(op.f("ix_evaluations_model_id"), "evaluations", ["model_id"], unique=False)
     op.create_table(
         "models",
