@@ -30,9 +30,12 @@ browser:
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| echo "chromium is missing: install Debian's package chromium to run the browser test"
 
-# torch first: with it in place no other package pulls another build of it.
+# torch first: with it in place no other package pulls another build of it. Debian's python3 makes no environment with
+# pip unless python3-venv is there too; its pip can put itself into one.
 $(STAMP): requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@echo "installing the locked packages into $(VENV); about two minutes"
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev]"
 	touch $@

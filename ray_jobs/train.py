@@ -297,7 +297,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         raise DataError(msg)
     learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
     counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
-    metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts["simulated"]}
+    metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts.get("simulated", 0)}
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
     export = home.artifact(f"runs/{run_id}", EXPORT)

@@ -37,6 +37,8 @@ _MIN_TRAIN_PROMPTS = 60
 _ENOUGH_TRAIN_PROMPTS = 80
 _OUTSIDE_LIMIT = 256
 """Tokens at least of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
+_OUTSIDE_MIN_PROMPTS = 40
+"""Judged prompts that are enough from outside: many answers are cut all the same, and the interval says how sure it is."""
 
 
 def run_demo(
@@ -221,6 +223,7 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
         settings += [
             f"collect.max_tokens={max(room, recipe.collect.max_tokens if recipe.collect else 0)}",
             f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
+            f"evaluate.gate.min_prompts={_OUTSIDE_MIN_PROMPTS}",
         ]
     return settings
 

@@ -82,6 +82,7 @@ def recipe_for(sft: str, **train_section):
         "name": "tiny",
         "model": {"sft": sft},
         "pairs": {"min_pairs": 10},
+        "prepare": {"max_length": 64},
         "train": section | train_section,
         "workers": {"workers": 2, "cpus_per_worker": 1},
     }
