@@ -43,7 +43,7 @@ from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
-from ray_jobs.train import print_learning, require_train_room, train
+from ray_jobs.train import print_learning, require_pairs, require_train_room, train
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -200,6 +200,7 @@ def _stages(session: Session, run: LoopRun, console: Console) -> str:
         recipe = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"since": run.began})})
     pairs = run.stage("build_pairs", lambda: _made_pairs(home, ledger, recipe))
     _say(console, "build_pairs", f"{pairs['pairs']} pairs from {pairs['by_source']}")
+    require_pairs(recipe, pairs["train_pairs"])
     with ray_cluster(home):
         prepared = run.stage("prepare", lambda: _prepared(home, ledger, recipe, pairs["snapshot"], console))
         _say(console, "prepare", f"training snapshot {prepared['snapshot']}")
@@ -240,6 +241,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     return {
         "snapshot": row.snapshot_id,
         "pairs": row.manifest["counts"]["by_kind"].get("pair", 0),
+        "train_pairs": row.manifest["counts"]["pairs_by_split"].get("train", 0),
         "by_source": row.manifest["counts"]["by_source"],
         "dropped": row.manifest["counts"]["dropped"],
     }

@@ -89,6 +89,9 @@ def ray_cluster(home: Home) -> Any:
     submitted = submitted_runtime_env().get("env_vars", {})
     environment = {name: value for name, value in environment.items() if name not in submitted}
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Its controller takes one report from each worker at a time, and asks again after this many seconds (2 by default):
+    # no run could be faster than one step in that time.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     arguments: dict[str, Any] = {
         # What a worker prints is in Ray's logs; an error of a worker reaches the driver as an exception.
         "log_to_driver": False,

@@ -217,7 +217,11 @@ def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: Model
         reference_digest=reference.digest if precomputed else None,
         dtype=recipe.train.dtype,
     )
-    pairs = manifest["splits"]["train"]["pairs"]
+    require_pairs(recipe, manifest["splits"]["train"]["pairs"])
+
+
+def require_pairs(recipe: Recipe, pairs: int) -> None:
+    """Refuse to train on fewer pairs than the recipe wants; raises DataError."""
     if pairs < recipe.pairs.min_pairs:
         msg = f"{pairs} training pairs are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
         raise DataError(msg)
@@ -399,6 +403,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
+            require_pairs(recipe, pairs.manifest["counts"]["pairs_by_split"].get("train", 0))
             require_train_room(recipe)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)

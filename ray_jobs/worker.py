@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ RESULT = "result.json"
 EXPORT = "export"
 _READ_BATCH = 256
 _STEP_ZERO_GROUPS = 4
+_UNHEARD = 4
+"""Steps whose measurements a checkpoint keeps: Ray Train holds one report back for each worker (`result_queue`, size 1)
+and one may be on its way, so a driver that was killed has not written those of the last two or three."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,19 @@ def train_worker(settings: dict[str, Any]) -> None:
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
-    done, skipped = load_newest(home, task.identity, policy, optimizer)
-    if not done:
+    resumed = load_newest(home, task.identity, policy, optimizer)
+    if not resumed.step:
         few = _few(held_out or _first_groups(task), section.micro_batch_tokens)
         check_packing(policy, few, section=section)
         if task.policy_is_reference:
             check_step_zero(policy, few, section=section)
-    for note in skipped:
+    for note in resumed.skipped:
         ray.train.report({"note": note})
+    for metrics in resumed.reports:
+        ray.train.report(metrics)
 
-    steps = _shared_steps(task, workers, skip=done)
+    unheard = deque(resumed.reports, maxlen=_UNHEARD)
+    steps = _shared_steps(task, workers, skip=resumed.step)
     for report in optimise(
         policy,
         steps,
@@ -126,16 +133,17 @@ def train_worker(settings: dict[str, Any]) -> None:
         optimizer=optimizer,
         section=section,
         total_steps=task.total_steps,
-        done_steps=done,
+        done_steps=resumed.step,
         workers=workers,
     ):
         metrics = asdict(report)
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
             metrics |= summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
+        unheard.append(metrics)
         if report.step % section.checkpoint_every == 0 or last:
             if workers.rank == 0:
-                save_checkpoint(home, task.identity, policy, optimizer, step=report.step)
+                save_checkpoint(home, task.identity, policy, optimizer, step=report.step, reports=tuple(unheard))
             _barrier(workers)
         ray.train.report(metrics)
 

@@ -245,7 +245,8 @@ def load_golden(place: str) -> list[GoldenCase]:
         if not must and not must_not:
             msg = f"{where}: a golden case needs a pattern in `must` or `must_not`"
             raise DataError(msg)
-        cases.append(GoldenCase(str(row.get("id", content_hash(prompt)[:16])), prompt, must, must_not))
+        name = row.get("id")
+        cases.append(GoldenCase(content_hash(prompt)[:16] if name is None else str(name), prompt, must, must_not))
     names = [case.id for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not cases:

@@ -6,6 +6,7 @@ is refused. Weights and optimizer are replicated, so one rank writes for all.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,37 @@ class RunIdentity:
     recipe_digest: str
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int = 0
+    """Steps done; 0 without a checkpoint."""
+    reports: tuple[dict[str, Any], ...] = ()
+    """What the newest of these steps measured, in their order: who was killed may not have been heard."""
+    skipped: tuple[str, ...] = ()
+    """A line for each damaged checkpoint that was passed over."""
+
+
 def save_checkpoint(
-    home: Home, identity: RunIdentity, policy: ScoringModel, optimizer: torch.optim.Optimizer, *, step: int
+    home: Home,
+    identity: RunIdentity,
+    policy: ScoringModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    reports: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the state after `step` steps and remove all but the newest checkpoints."""
+    """Write the state after `step` steps and remove all but the newest checkpoints.
+
+    Args:
+        home: where the run lies.
+        identity: what the checkpoint is bound to.
+        policy: what trains.
+        optimizer: its state.
+        step: steps done.
+        reports: what the newest steps measured.
+    """
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in trainable(policy).items():
         tensors[f"parameter/{name}"] = parameter.detach().contiguous().cpu()
@@ -51,23 +79,18 @@ def save_checkpoint(
         local = Path(scratch, _STATE)
         save_file(tensors, local)
         filesystem.put_file(str(local), f"{artifact.path}/{_STATE}")
-    artifact.write_manifest({"step": step, "identity": asdict(identity)})
+    artifact.write_manifest({"step": step, "identity": asdict(identity), "reports": list(reports)})
     for name in home.names(kind)[:-_KEPT]:
         filesystem.rm(home.artifact(kind, name).path, recursive=True)
 
 
-def load_newest(
-    home: Home, identity: RunIdentity, policy: ScoringModel, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[str]]:
+def load_newest(home: Home, identity: RunIdentity, policy: ScoringModel, optimizer: torch.optim.Optimizer) -> Resumed:
     """Load the newest valid checkpoint of the run.
-
-    Returns:
-        The number of steps done (0 without a checkpoint), and one line for each damaged checkpoint that was skipped.
 
     Raises:
         TrainingError: a checkpoint under this run id belongs to another snapshot, recipe or start model.
     """
-    skipped = []
+    skipped: list[str] = []
     for name in reversed(home.names(_kind(identity))):
         artifact = home.artifact(_kind(identity), name)
         try:
@@ -83,8 +106,8 @@ def load_newest(
             local = Path(scratch, _STATE)
             artifact.filesystem.get_file(f"{artifact.path}/{_STATE}", str(local))
             _restore(load_file(local), policy, optimizer)
-        return int(manifest["step"]), skipped
-    return 0, skipped
+        return Resumed(int(manifest["step"]), tuple(manifest["reports"]), tuple(skipped))
+    return Resumed(skipped=tuple(skipped))
 
 
 def _restore(tensors: dict[str, torch.Tensor], policy: ScoringModel, optimizer: torch.optim.Optimizer) -> None:

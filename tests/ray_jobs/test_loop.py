@@ -98,7 +98,9 @@ def raises(error):
 def stages(monkeypatch):
     """The stages of a round, each replaced by what it returns."""
     monkeypatch.setattr(loop, "ray_cluster", lambda _: io.StringIO())
-    monkeypatch.setattr(loop, "_made_pairs", lambda *_: {"pairs": 1, "by_source": {}, "snapshot": "p"})
+    monkeypatch.setattr(
+        loop, "_made_pairs", lambda *_: {"pairs": 1, "train_pairs": 1000, "by_source": {}, "snapshot": "p"}
+    )
     monkeypatch.setattr(loop, "_prepared", lambda *_: {"snapshot": "t", "dropped": {}})
     monkeypatch.setattr(loop, "_trained", lambda *_: {"steps": 1, "model": "m", "run": "r"})
     monkeypatch.setattr(loop, "_judged", lambda *_: {"evaluation": "e", "verdict": "SHIP"})

@@ -191,6 +191,7 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
     assert len(killed) == 1
     ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [m["step"] for m in steps_of(ledger, "killed-once")] == list(range(1, result.steps + 1))
 
 
 def test_too_few_pairs_are_refused_with_the_number(cluster, stage):

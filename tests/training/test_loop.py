@@ -11,7 +11,7 @@ from app.config import LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
 from app.models import Lineage, load_model, register_folder
 from app.training.batch import PackedBatch, step_groups
-from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
 from app.training.loop import (
     SingleWorker,
     check_packing,
@@ -129,11 +129,10 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
     optimizer = make_optimizer(policy, SECTION)
     common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": SingleWorker()}
     for report in optimise(policy, steps[:2], optimizer=optimizer, **common):
-        save_checkpoint(home, identity, policy, optimizer, step=report.step)
+        save_checkpoint(home, identity, policy, optimizer, step=report.step, reports=[{"step": report.step}])
     resumed = build_policy(start(), SECTION)
     fresh = make_optimizer(resumed, SECTION)
-    done, skipped = load_newest(home, identity, resumed, fresh)
-    assert (done, skipped) == (2, [])
+    assert load_newest(home, identity, resumed, fresh) == Resumed(2, ({"step": 2},), ())
     list(optimise(resumed, steps[2:], optimizer=fresh, done_steps=2, **common))
     for a, b in zip(trainable(whole).values(), trainable(resumed).values(), strict=True):
         assert torch.equal(a, b)
@@ -152,9 +151,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(bytes(content))
-    done, skipped = load_newest(home, identity, policy, optimizer)
-    assert done == 1
-    assert "step-00000002 skipped" in skipped[0]
+    resumed = load_newest(home, identity, policy, optimizer)
+    assert resumed.step == 1
+    assert "step-00000002 skipped" in resumed.skipped[0]
 
 
 def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
