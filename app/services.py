@@ -171,7 +171,7 @@ def is_near(url: str) -> bool:
     try:
         return not ipaddress.ip_address(host).is_global  # loopback and private addresses
     except ValueError:
-        return "." not in host or host.endswith(_INNER_NAMES) or host == socket.getfqdn()
+        return "." not in host or host.endswith(_INNER_NAMES) or host == socket.gethostname()
 
 
 def submitted_runtime_env() -> dict[str, Any]:

@@ -6,7 +6,7 @@ A *home* is a folder or any fsspec URI:
       ledger.db            the SQL ledger, unless PREFLOOP_LEDGER names another
       api_key              key of the gateway (0600)
       pairs/ID/            part-*.parquet, quarantine-*.parquet, manifest.json      immutable, content-addressed
-      training/ID/         part-*.parquet, manifest.json                          immutable, content-addressed
+      training/ID/         train-*.parquet, held_out-*.parquet, manifest.json       immutable, content-addressed
       models/ID/           safetensors, tokenizer, config, manifest.json          immutable
       runs/ID/             checkpoints and exports of a run
       cache/               may be deleted at any time

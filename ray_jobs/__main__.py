@@ -12,6 +12,8 @@ from types import FrameType
 
 from app.errors import Interrupted
 
+_JOBS = ("build_pairs", "prepare", "train", "evaluate", "ship", "loop")
+
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
     # Libraries that are half imported cannot be unwound, and there is nothing to unwind yet.
@@ -21,7 +23,10 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
 
 def main() -> int:
     """Import the job that the first argument names, and run it with the others."""
-    name, *sys.argv[1:] = sys.argv[1:]
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in _JOBS:
+        sys.stderr.write(f"no job `{name}`; the jobs are {', '.join(_JOBS)}\n")
+        return 2
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # as it is for what a shell runs in the background
         signal.signal(signal.SIGINT, _leave)

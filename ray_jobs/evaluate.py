@@ -292,7 +292,7 @@ def newest_trained(ledger: Ledger, deployment: str) -> tuple[str, str | None]:
             sa.select(RunRow.output_model_id, RunRow.run_id)
             .where(
                 RunRow.kind == "train",
-                RunRow.output_model_id.is_not(None),
+                RunRow.status == "succeeded",
                 RunRow.recipe["serving"]["deployment"].as_string() == deployment,
             )
             .order_by(RunRow.updated_at.desc())

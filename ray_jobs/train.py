@@ -298,7 +298,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     measures = held_out_measures(home, run_id)
     if measures is None:
         msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
-        raise DataError(msg)
+        raise WorkersLost(msg)
     learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
     counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
     metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts.get("simulated", 0)}

@@ -64,7 +64,7 @@ def run_demo(
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     path = home.local("demo", REPORT)
-    # A round that is interrupted has no report; the one before would be taken for its.
+    # Ctrl-C leaves no report; the one before would be taken for this round's.
     path.unlink(missing_ok=True)
     began = time.time()
     arguments = [part for setting in settings for part in ("--set", setting)]
@@ -106,8 +106,8 @@ def _error(ledger: Ledger, recipe_name: str, began: float) -> str:
         run = _newest_round(session, recipe_name)
     if run is None or run.updated_at.timestamp() < began:
         return "the loop stopped before its round began; the message stands on the terminal"
-    if run.error is not None:
-        return run.error
+    if run.status != "succeeded":
+        return run.error or f"the loop died in stage {run.metrics.get('stage')}"
     shipped = run.metrics["stages"].get("ship", {})
     return f"the round shipped, and its simulated load failed: {shipped.get('failed_requests', 0)} requests failed, {shipped.get('streams_across_switch', 0)} streams crossed the switch"
 

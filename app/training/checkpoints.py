@@ -106,7 +106,7 @@ def load_newest(home: Home, identity: RunIdentity, policy: ScoringModel, optimiz
             local = Path(scratch, _STATE)
             artifact.filesystem.get_file(f"{artifact.path}/{_STATE}", str(local))
             _restore(load_file(local), policy, optimizer)
-        return Resumed(int(manifest["step"]), tuple(manifest["reports"]), tuple(skipped))
+        return Resumed(int(manifest["step"]), tuple(manifest.get("reports", ())), tuple(skipped))
     return Resumed(skipped=tuple(skipped))
 
 

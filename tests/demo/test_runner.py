@@ -94,6 +94,7 @@ def test_the_report_of_a_held_round_keeps_the_champion_and_says_why(ledger):
     [
         ("shipped", "1 requests failed, 2 streams crossed"),
         ("failed", "worker 1 died"),
+        ("killed", "the loop died in stage evaluate"),
         ("not begun", "before its round began"),
     ],
 )
@@ -103,10 +104,11 @@ def test_a_round_that_fails_says_so_in_its_report_which_is_never_that_of_the_rou
     def loop(_command, _home):
         if ended != "not begun":
             finished_round(ledger, shipped=ended == "shipped")
-        if ended == "failed":
+        if ended in ("failed", "killed"):
             with ledger.write() as session:
                 run = session.get_one(RunRow, "demo-loop-1")
-                run.status, run.error = "stopped", "worker 1 died"
+                run.status, run.error = ("stopped", "worker 1 died") if ended == "failed" else ("running", None)
+                run.metrics = {**run.metrics, "stage": "evaluate"}
         return 1
 
     report = home.local("demo", "report.json")

@@ -211,11 +211,11 @@ def test_a_model_and_a_verdict_belong_to_their_deployment(stage, verdict):
 
 
 def test_the_newest_model_is_that_of_the_training_that_ended_last_not_of_the_one_that_began_last(ledger):
-    def run(name: str, *, began: int, ended: int, model: str | None) -> RunRow:
+    def run(name: str, *, began: int, ended: int, model: str, status: str = "succeeded") -> RunRow:
         return RunRow(
             run_id=name,
             kind="train",
-            status="succeeded",
+            status=status,
             recipe={"serving": {"deployment": "default"}},
             metrics={},
             output_model_id=model,
@@ -228,7 +228,7 @@ def test_the_newest_model_is_that_of_the_training_that_ended_last_not_of_the_one
     with ledger.write() as session:
         session.add(run("continued", began=9, ended=1, model="a"))
         session.add(run("later", began=5, ended=4, model="b"))
-        session.add(run("running", began=1, ended=0, model=None))
+        session.add(run("again", began=8, ended=0, model="c", status="running"))
     assert newest_trained(ledger, "default") == ("a", "continued")
 
 
