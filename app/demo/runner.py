@@ -39,6 +39,10 @@ _OUTSIDE_LIMIT = 256
 """Tokens at least of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
 _OUTSIDE_MIN_PROMPTS = 40
 """Judged prompts that are enough from outside: many answers are cut all the same, and the interval says how sure it is."""
+_OUTSIDE_REWARD_ACCURACY = 0.4
+"""What the lower bound of held-out reward accuracy must exceed. Many prompts come to nothing, and on the twenty or
+thirty held-out pairs that are left a policy that ranks two of three rightly seldom has one over 0.5. What was learned,
+the win rate says."""
 
 
 def run_demo(
@@ -225,6 +229,9 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
             f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
             f"evaluate.gate.min_prompts={_OUTSIDE_MIN_PROMPTS}",
         ]
+        asked = recipe.evaluate.gate.reward_accuracy_over if recipe.evaluate else None
+        if asked is not None:
+            settings.append(f"evaluate.gate.reward_accuracy_over={min(asked, _OUTSIDE_REWARD_ACCURACY)}")
     return settings
 
 

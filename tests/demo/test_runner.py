@@ -194,4 +194,5 @@ def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(
     settings = [after for before, after in itertools.pairwise(started[0]) if before == "--set"]
     told = load_recipe(Path(RECIPE), settings)
     assert (told.collect.max_tokens, told.evaluate.max_new_tokens) == limits
-    assert (told.evaluate.gate.min_prompts, load_recipe(RECIPE).evaluate.gate.min_prompts) == (40, 120)
+    gates = [recipe.evaluate.gate for recipe in (told, load_recipe(RECIPE))]
+    assert [(gate.min_prompts, gate.reward_accuracy_over) for gate in gates] == [(40, 0.4), (120, 0.5)]
