@@ -35,9 +35,11 @@ from ray_jobs.worker import SHUFFLE_WINDOW
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # as every job sets it
+        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
