@@ -39,6 +39,8 @@ _OUTSIDE_LIMIT = 256
 """Tokens at least of an answer to a prompt from outside, which seldom asks for one sentence as the demo's own do."""
 _OUTSIDE_MIN_PROMPTS = 40
 """Judged prompts that are enough from outside: many answers are cut all the same, and the interval says how sure it is."""
+_OUTSIDE_STEPS = 80
+"""Steps of training on them; nobody said how long that may take."""
 _OUTSIDE_REWARD_ACCURACY = 0.4
 """What the lower bound of held-out reward accuracy must exceed. Many prompts come to nothing, and on the twenty or
 thirty held-out pairs that are left a policy that ranks two of three rightly seldom has one over 0.5. What was learned,
@@ -228,6 +230,9 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
             f"collect.max_tokens={max(room, recipe.collect.max_tokens if recipe.collect else 0)}",
             f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
             f"evaluate.gate.min_prompts={_OUTSIDE_MIN_PROMPTS}",
+            "collect.max_prompts=null",
+            f"train.min_steps={_OUTSIDE_STEPS}",
+            f"train.max_steps={_OUTSIDE_STEPS}",
         ]
         asked = recipe.evaluate.gate.reward_accuracy_over if recipe.evaluate else None
         if asked is not None:
