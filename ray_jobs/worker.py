@@ -52,8 +52,8 @@ EXPORT = "export"
 _READ_BATCH = 256
 _STEP_ZERO_GROUPS = 4
 _UNHEARD = 8
-"""Steps whose measurements a checkpoint keeps. Ray Train holds one report of each worker back (`result_queue`, size 1), one
-may be on its way, and one waits for the others' ranks: a driver that was killed has not written those of the last few."""
+"""Steps whose measurements a checkpoint keeps. Ray Train holds one report of each worker back (`result_queue`, size 1),
+one may be on its way, and one waits for the other ranks: a driver that was killed has not written the last few."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Fixtures shared by the rooms: a home of its own, and a tiny random model with tokenizer and chat template."""
 
 import os
+import socket
 from pathlib import Path
 
 # A thread that Ray Data leaves behind may call Ray after a module has shut it down, and would start it again.
@@ -54,6 +55,15 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nothing listens now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
 
 
 # How long an example takes says how busy the machine is.

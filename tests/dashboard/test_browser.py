@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.ledger import FeedbackRow, Ledger, ModelRow, ResponseRow
 from app.models import Lineage, register_folder
 from app.storage import Home
+from tests.conftest import free_ports
 from tests.dashboard import stage
 
 ROOT = Path(__file__).parents[2]
@@ -242,14 +242,6 @@ def judgements(live: Live) -> set[tuple[str, str]]:
 
 def is_local(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class running:  # noqa: N801

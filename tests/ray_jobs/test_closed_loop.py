@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from app.storage import Home
 from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.snapshots import read_groups
 from app.training.tokenization import Group
-from tests.conftest import write_tiny_model
+from tests.conftest import free_ports, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("tea", "milk", "rain")
@@ -404,14 +403,6 @@ def scored_by(home: Home, model_id: str, groups: Sequence[Group]) -> list[Group]
 
 def digest_of(prompt_ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def wait_until_it_answers(cluster: Cluster, child: "subprocess.Popen[bytes]", log: Path) -> None:
