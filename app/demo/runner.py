@@ -230,7 +230,6 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
             f"collect.max_tokens={max(room, recipe.collect.max_tokens if recipe.collect else 0)}",
             f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
             f"evaluate.gate.min_prompts={_OUTSIDE_MIN_PROMPTS}",
-            "collect.max_prompts=null",
             f"train.min_steps={_OUTSIDE_STEPS}",
             f"train.max_steps={_OUTSIDE_STEPS}",
         ]
