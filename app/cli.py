@@ -3,6 +3,8 @@
 Exit codes: 0 done or shipped, 3 the gate holds, 130 interrupted, 2 wrong usage, 1 any other error.
 """
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -100,6 +102,25 @@ def train(
 ) -> None:
     """Train the policy against the frozen reference and say whether it learned."""
     _job("train", recipe, overrides, *_given("--run", run))
+
+
+@cli.command()
+def certify(
+    cases: Annotated[Path | None, typer.Argument(help="JSON of cases; default: the golden table.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare every objective with given losses, most of them computed by TRL; exit code 1 on any miss."""
+    from app.training.certify import GOLDEN, certify
+
+    verdicts = certify(cases or GOLDEN)
+    missed = sum(not verdict.passed for verdict in verdicts)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
+    else:
+        for verdict in verdicts:
+            typer.echo(verdict.line())
+        typer.echo(f"{len(verdicts) - missed} of {len(verdicts)} cases hold")
+    raise typer.Exit(1 if missed else 0)
 
 
 @cli.command()

@@ -6,15 +6,26 @@ recipe at once, with the near miss.
 """
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from app.errors import RecipeError
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class Section(BaseModel):
@@ -80,14 +91,115 @@ class LoraSection(Section):
     )
 
 
-class TrainSection(Section):
-    """The optimisation of one run."""
+class NoOptions(Section):
+    """Options of `sft`."""
 
-    objective: Literal["dpo"] = Field("dpo", description="The loss.")
+
+class BetaOptions(Section):
+    """Options of `hinge`, `apo_zero` and `apo_down`."""
+
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
+
+
+class DpoOptions(BetaOptions):
+    """Options of `dpo`."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO).")
     sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answers' likelihood in the loss (RPO).")
     length_weight: float = Field(0.0, ge=0, description="Margin given to a chosen answer for each token more (R-DPO).")
+    wpo: bool = Field(False, description="Weigh pairs by how likely the policy gives them itself (WPO).")
+
+
+class RobustOptions(BetaOptions):
+    """Options of `robust`."""
+
+    label_smoothing: float = Field(0.1, gt=0, lt=0.5, description="Known share of flipped labels.")
+
+
+class IpoOptions(BetaOptions):
+    """Options of `ipo`."""
+
+    normalize: Literal["token_mean", "sum"] = Field("token_mean", description="As in TRL, or as in the paper.")
+
+
+class DpoNormOptions(Section):
+    """Options of `dpo_norm`."""
+
+    beta: float = Field(5.0, gt=0, description="Strength of the pull to the reference, for a mean over tokens.")
+
+
+class DpopOptions(BetaOptions):
+    """Options of `dpop`."""
+
+    penalty: float = Field(5.0, ge=0, description="Weight of a chosen answer's fall below the reference.")
+
+
+class SimpoOptions(Section):
+    """Options of `simpo`."""
+
+    beta: float = Field(2.0, gt=0, description="Scale of the mean log-probabilities.")
+    gamma_beta_ratio: float = Field(0.5, ge=0, description="Margin that is asked for, in mean log-probability.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels.")
+
+
+class CpoOptions(Section):
+    """Options of `cpo`."""
+
+    beta: float = Field(0.1, gt=0, description="Scale of the log-probabilities.")
+    nll_weight: float = Field(1.0, ge=0, description="Weight of the chosen answers' likelihood.")
+
+
+class OrpoOptions(Section):
+    """Options of `orpo`."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    lambda_: float = Field(0.1, gt=0, alias="lambda", description="Weight of the odds ratio.")
+    nll_scope: Literal["response"] = Field("response", description="Whose likelihood: TRL's takes the prompt's too.")
+
+
+class UnpairedOptions(BetaOptions):
+    """Options of `kto` and `apo_zero_unpaired`."""
+
+    desirable_weight: float | None = Field(None, ge=0, description="Weight of liked answers; null: balanced.")
+    undesirable_weight: float | None = Field(None, ge=0, description="Weight of disliked ones; null: balanced.")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "UnpairedOptions":
+        if (self.desirable_weight is None) != (self.undesirable_weight is None):
+            msg = "give both `desirable_weight` and `undesirable_weight`, or neither: then they are balanced"
+            raise ValueError(msg)
+        return self
+
+
+OBJECTIVE_OPTIONS: Mapping[str, type[Section]] = {
+    "sft": NoOptions,
+    "dpo": DpoOptions,
+    "robust": RobustOptions,
+    "ipo": IpoOptions,
+    "hinge": BetaOptions,
+    "dpo_norm": DpoNormOptions,
+    "apo_zero": BetaOptions,
+    "apo_down": BetaOptions,
+    "dpop": DpopOptions,
+    "simpo": SimpoOptions,
+    "cpo": CpoOptions,
+    "orpo": OrpoOptions,
+    "kto": UnpairedOptions,
+    "apo_zero_unpaired": UnpairedOptions,
+}
+"""The objectives that ship, with their options; the functions are those of `app.training.objectives`."""
+
+
+REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
+"""Objectives that hold the policy against no reference."""
+
+
+class TrainSection(Section):
+    """The optimisation of one run."""
+
+    objective: str = Field("dpo", description="The loss: one that ships, or `package.module:function`.")
+    options: dict[str, Any] = Field({}, validate_default=True, description="Options of the objective.")
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained.")
     lora: LoraSection = LoraSection()
     reference: Literal["adapter_off", "precomputed"] = Field(
@@ -109,10 +221,30 @@ class TrainSection(Section):
     held_out_every: int | None = Field(None, ge=1, description="Steps between held-out measurements; last step always.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
 
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OBJECTIVE_OPTIONS and not _FUNCTION.fullmatch(name):
+            near = difflib.get_close_matches(name, OBJECTIVE_OPTIONS, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(OBJECTIVE_OPTIONS)}"
+            msg = f"unknown objective `{name}`; {hint} (a function of your own is `package.module:function`)"
+            raise ValueError(msg)
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _complete(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Check the options of an objective that ships, and fill in its defaults."""
+        known = OBJECTIVE_OPTIONS.get(info.data.get("objective", ""))
+        return options if known is None else known.model_validate(options).model_dump(by_alias=True)
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSection":
         if self.adapter == "full" and self.reference == "adapter_off":
             msg = "`reference: adapter_off` needs `adapter: lora`: full fine-tuning has no adapter to switch off"
+            raise ValueError(msg)
+        if self.objective in REFERENCE_FREE and "reference" in self.model_fields_set:
+            msg = f"`reference` has no effect with `objective: {self.objective}`: remove it"
             raise ValueError(msg)
         if self.adapter == "full" and "lora" in self.model_fields_set:
             msg = "`lora` has no effect with `adapter: full`: remove it"
@@ -252,7 +384,7 @@ def parse_recipe(tree: dict[str, Any], *, place: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {_describe(fault, tree)}" for fault in error.errors())
         msg = f"recipe `{place}` has {error.error_count()} fault(s):\n{faults}"
         raise RecipeError(msg) from None
 
@@ -279,12 +411,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(msg) from None
 
 
-def _describe(fault: Any) -> str:
+def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     location = [str(part) for part in fault["loc"]]
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_known_keys(location[:-1]))}"
+        known = _known_keys(location[:-1], tree)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"`{place}`: unknown key{hint}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     value = fault.get("input")
@@ -292,13 +425,16 @@ def _describe(fault: Any) -> str:
     return f"`{place}`: {message}{shown}"
 
 
-def _known_keys(sections: Sequence[str]) -> list[str]:
+def _known_keys(sections: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
     node: type[BaseModel] = Recipe
     for section in sections:
+        if (node, section) == (TrainSection, "options"):
+            node = OBJECTIVE_OPTIONS[tree["train"].get("objective", "dpo")]
+            continue
         annotation = node.model_fields[section].annotation if section in node.model_fields else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:
             return []
         node = nested[0]
-    return sorted(node.model_fields)
+    return sorted(field.alias or name for name, field in node.model_fields.items())

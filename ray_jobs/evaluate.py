@@ -127,8 +127,8 @@ def _model(ledger: Ledger, model_id: str) -> ModelRow:
 
 
 def _reward_accuracy(home: Home, run_id: str | None, resampling: Resampling) -> Estimate | None:
-    measures = held_out_measures(home, run_id) if run_id is not None else []
-    return reward_accuracy(measures, resampling=resampling) if measures else None
+    measures = held_out_measures(home, run_id) if run_id is not None else None
+    return reward_accuracy(measures.pairs, resampling=resampling) if measures and measures.pairs else None
 
 
 def _identity(

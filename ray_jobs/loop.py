@@ -29,6 +29,7 @@ from app.config import Recipe
 from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
 from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, RecipeError, ServiceError, TrainingError, WorkersLost
+from app.evaluation.learning import Learning
 from app.evaluation.prompts import load_prompts
 from app.evaluation.rules import load_style
 from app.ledger import EvaluationRow, Ledger, RunRow, now
@@ -43,7 +44,7 @@ from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
-from ray_jobs.train import print_learning, require_pairs, require_train_room, train
+from ray_jobs.train import print_learning, require_pairs, require_train_room, train, usable_rows
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -241,7 +242,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     return {
         "snapshot": row.snapshot_id,
         "pairs": row.manifest["counts"]["by_kind"].get("pair", 0),
-        "train_pairs": row.manifest["counts"]["pairs_by_split"].get("train", 0),
+        "train_pairs": usable_rows(recipe, row),
         "by_source": row.manifest["counts"]["by_source"],
         "dropped": row.manifest["counts"]["dropped"],
     }
@@ -259,7 +260,7 @@ def _trained(
 ) -> dict[str, Any]:
     result = train(home, ledger, recipe, snapshot_id, run_id=f"{run.run_id}-train", console=console)
     print_learning(console, result.learning)
-    accuracy = result.learning.accuracy if result.learning else None
+    accuracy = result.learning.accuracy if isinstance(result.learning, Learning) else None
     return {
         "run": result.run_id,
         "model": result.model.model_id,

@@ -30,6 +30,8 @@ from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
 from app.training.batch import PackedBatch
+from app.training.judgements import for_unit, with_strangers
+from app.training.objectives import load_objective
 from app.training.policy import autocast
 from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.snapshots import (
@@ -90,18 +92,20 @@ def prepare(
         max_length=recipe.prepare.max_length,
         too_long=recipe.prepare.too_long,
     )
-    unpaired = sum(len(group.labels) for group in groups)
-    if unpaired:
-        # A pairwise objective learns nothing from lone judgements, and scoring them costs as much as pairs.
-        audit.dropped["unpaired"] += unpaired
-        groups = [replace(group, labels=()) for group in groups if group.pairs]
+    objective = load_objective(recipe.train.objective, recipe.train.options)
+    groups, left_out = for_unit(groups, objective.unit)
+    if left_out:
+        # Scoring what the objective learns nothing from costs as much as the rest.
+        audit.dropped["unpaired" if objective.unit == "pairs" else "disliked"] += left_out
     if not groups:
         reasons = ", ".join(f"{n} {reason}" for reason, n in audit.dropped.items()) or "the snapshot is empty"
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
         raise DataError(msg)
     ordered = global_order(groups, recipe.prepare.seed)
+    if "kl" in objective.needs:
+        ordered = with_strangers(ordered, max_length=recipe.prepare.max_length, seed=recipe.prepare.seed)
     simulated = {pair.pair_id for pair in pairs if pair.simulated}
-    precomputed = recipe.train.reference == "precomputed"
+    precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     if precomputed:
         ordered = _with_reference(home, ledger, recipe, reference, ordered, console)
     return write_training_snapshot(
@@ -114,15 +118,17 @@ def prepare(
             max_length=recipe.prepare.max_length,
             too_long=recipe.prepare.too_long,
             seed=recipe.prepare.seed,
+            unit=objective.unit,
+            strangers="kl" in objective.needs,
             reference_digest=reference.digest if precomputed else None,
             dtype=recipe.train.dtype if precomputed else None,
         ),
         counts={
-            "kept": audit.kept - unpaired,
+            "kept": audit.kept - left_out,
             "dropped": dict(audit.dropped),
             "truncated": audit.truncated,
-            "sources": dict(Counter(p.source for g in ordered for p in g.pairs)),
-            "simulated": sum(p.pair_id in simulated for g in ordered for p in g.pairs),
+            "sources": dict(Counter(judged.source for g in ordered for judged in g.judgements)),
+            "simulated": sum(judged.pair_id in simulated for g in ordered for judged in g.judgements),
             "reference_model": reference.model_id if precomputed else None,
         },
         rows_per_file=recipe.prepare.rows_per_file,

@@ -27,13 +27,16 @@ from rich.console import Console
 
 from app.config import Recipe, TrainSection
 from app.errors import DataError, ModelError, PrefloopError, TrainingError, WorkersLost
-from app.evaluation.learning import Learning, judge_learning
-from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
+from app.evaluation.learning import Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
+from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
+from app.training.judgements import balanced
+from app.training.loop import Measures
+from app.training.objectives import load_objective
 from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
@@ -63,7 +66,7 @@ class TrainResult:
     run_id: str
     model: ModelRow
     steps: int
-    learning: Learning | None
+    learning: Learning | Likelihood | None
 
 
 class StepRecorder(UserCallback):
@@ -124,8 +127,9 @@ def train(
     snapshot = home.artifact("training", training_snapshot_id)
     snapshot.verify()
     files = tuple(train_files(snapshot))
-    section, steps = _lengthened(recipe.train, files)
-    _check_snapshot(home, snapshot, recipe, start, reference)
+    counts = _check_snapshot(home, snapshot, recipe, start, reference)
+    options = balanced(recipe.train.options, liked=counts["liked"], disliked=counts["labels"] - counts["liked"])
+    section, steps = _lengthened(recipe.train.model_copy(update={"options": options}), files)
     task = TrainTask(
         home_uri=home.uri,
         identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
@@ -191,11 +195,7 @@ def _progress(ledger: Ledger, task: TrainTask, console: Console | None) -> Itera
                 row = session.scalar(newest.order_by(RunStepRow.step.desc()).limit(1))
             if row is not None:
                 metrics = row.metrics
-                note = (
-                    f"loss {metrics['loss']:.3f}, reward accuracy {metrics['reward_accuracy']:.0%}, "
-                    f"{metrics['pairs'] / metrics['seconds']:.1f} pairs/s"
-                )
-                meter.show("train: steps", row.step, task.total_steps, note)
+                meter.show("train: steps", row.step, task.total_steps, _note(metrics))
 
     watcher = threading.Thread(target=watch, daemon=True)
     with Meter(console) as meter:
@@ -207,17 +207,32 @@ def _progress(ledger: Ledger, task: TrainTask, console: Console | None) -> Itera
             watcher.join()
 
 
-def _check_snapshot(home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow) -> None:
-    precomputed = recipe.train.reference == "precomputed"
+def _note(metrics: dict[str, Any]) -> str:
+    accuracy = metrics["reward_accuracy"]
+    known = [] if accuracy is None else [f"reward accuracy {accuracy:.0%}"]
+    unit = "pairs" if metrics["pairs"] else "answers"
+    speed = f"{(metrics['pairs'] or metrics['labels']) / metrics['seconds']:.1f} {unit}/s"
+    return ", ".join([f"loss {metrics['loss']:.3f}", *known, speed])
+
+
+def _check_snapshot(
+    home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow
+) -> dict[str, int]:
+    objective = load_objective(recipe.train.objective, recipe.train.options)
+    precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     manifest = check_binding(
         snapshot,
         template_digest=template_digest(load_tokenizer(home, start.model_id)),
         max_length=recipe.prepare.max_length,
         too_long=recipe.prepare.too_long,
+        unit=objective.unit,
+        strangers="kl" in objective.needs,
         reference_digest=reference.digest if precomputed else None,
         dtype=recipe.train.dtype,
     )
-    require_pairs(recipe, manifest["splits"]["train"]["pairs"])
+    counts: dict[str, int] = manifest["splits"]["train"]
+    require_pairs(recipe, counts["pairs"] + counts["labels"])
+    return counts
 
 
 def require_pairs(recipe: Recipe, pairs: int) -> None:
@@ -225,6 +240,14 @@ def require_pairs(recipe: Recipe, pairs: int) -> None:
     if pairs < recipe.pairs.min_pairs:
         msg = f"{pairs} training pairs are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
         raise DataError(msg)
+
+
+def usable_rows(recipe: Recipe, pairs: SnapshotRow) -> int:
+    """Return how many rows of the train split of a pair snapshot the objective can learn from, before tokenisation."""
+    unit = load_objective(recipe.train.objective, recipe.train.options).unit
+    counts = pairs.manifest["counts"]
+    usable: int = counts["pairs_by_split" if unit == "pairs" else "by_split"].get("train", 0)
+    return usable
 
 
 def require_train_room(recipe: Recipe) -> None:
@@ -299,7 +322,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     if measures is None:
         msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
         raise WorkersLost(msg)
-    learning = judge_learning(measures, level=0.95, seed=recipe.train.seed) if measures else None
+    learning = _judge(measures, seed=recipe.train.seed)
     counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
     metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts.get("simulated", 0)}
     if learning is not None:
@@ -318,6 +341,15 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     export.filesystem.rm(export.path, recursive=True)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
     return TrainResult(run_id, model, task.total_steps, learning)
+
+
+def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
+    """Say whether the run learned, by the measure of its objective; None where too little was held out."""
+    if measures.pairs:
+        return judge_learning(measures.pairs, level=0.95, seed=seed)
+    if any(answer.start_logp is not None for answer in measures.answers):
+        return judge_likelihood(measures.answers, level=0.95, seed=seed)
+    return judge_answers(measures.answers, level=0.95, seed=seed) if measures.answers else None
 
 
 def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> None:
@@ -382,7 +414,7 @@ def _cause(error: TrainingFailedError) -> str:
     return " ".join(named) or "unknown"
 
 
-def print_learning(console: Console, learning: Learning | None) -> None:
+def print_learning(console: Console, learning: Learning | Likelihood | None) -> None:
     """Print the table that says whether the model learned from its pairs."""
     if learning is None:
         console.print("no held-out pairs: whether the model learned is not known", highlight=False)
@@ -403,7 +435,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
-            require_pairs(recipe, pairs.manifest["counts"]["pairs_by_split"].get("train", 0))
+            require_pairs(recipe, usable_rows(recipe, pairs))
             require_train_room(recipe)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)

@@ -5,13 +5,12 @@ takes its share, so storage is read once an epoch and world size changes nothing
 function lives in a module of its own because a train function of `__main__` does not pickle.
 """
 
-import functools
 import itertools
 import json
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +30,10 @@ from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
 from app.training.loop import (
+    AnswerMeasure,
+    Measures,
     PairMeasure,
+    Row,
     SingleWorker,
     Workers,
     check_packing,
@@ -41,8 +43,9 @@ from app.training.loop import (
     measure_exported,
     optimise,
 )
-from app.training.objectives import dpo
+from app.training.objectives import Objective, load_objective
 from app.training.policy import build_policy
+from app.training.scoring import ScoringModel
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
@@ -85,9 +88,9 @@ class DistributedWorkers:
         """Add a tensor up over all ranks, in place."""
         dist.all_reduce(tensor)
 
-    def gather(self, rows: list[PairMeasure]) -> list[PairMeasure]:
+    def gather(self, rows: list[Row]) -> list[Row]:
         """Return the rows of all ranks."""
-        parts: list[list[PairMeasure]] = [[] for _ in range(self.size)]
+        parts: list[list[Row]] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
@@ -101,15 +104,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     home, section = task.home(), task.section
     # Full fine-tuning keeps fp32 master weights; a frozen base may lie in the compute type.
     start = load_model(home, task.start_model_id, dtype="float32" if section.adapter == "full" else section.dtype)
-    policy = build_policy(start, section).to(device)
+    objective = load_objective(section.objective, section.options)
+    policy = build_policy(start, section, agreement="agreement" in objective.needs).to(device)
     optimizer = make_optimizer(policy, section)
-    objective = functools.partial(
-        dpo,
-        beta=section.beta,
-        label_smoothing=section.label_smoothing,
-        sft_weight=section.sft_weight,
-        length_weight=section.length_weight,
-    )
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
@@ -117,7 +114,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if not resumed.step:
         few = _few(held_out or _first_groups(task), section.micro_batch_tokens)
         check_packing(policy, few, section=section)
-        if task.policy_is_reference:
+        if task.policy_is_reference and objective.has_reference:
             check_step_zero(policy, few, section=section)
     for note in resumed.skipped:
         ray.train.report({"note": note})
@@ -148,9 +145,31 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
     model, measures = measure_exported(policy, held_out, objective=objective, section=section, workers=workers)
+    if objective.unit == "good":
+        measures = _with_start(task, measures, held_out, objective=objective, workers=workers, device=device)
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
     _barrier(workers)
+
+
+def _with_start(
+    task: TrainTask,
+    measures: Measures,
+    held_out: Sequence[Group],
+    *,
+    objective: Objective,
+    workers: Workers,
+    device: torch.device,
+) -> Measures:
+    """Add what the model before training gave to the same answers."""
+    start = load_model(task.home(), task.start_model_id, dtype=task.section.dtype, device=device)
+    scored = measure(
+        ScoringModel(start.model), held_out, objective=objective, section=task.section, workers=workers
+    ).answers
+    return Measures(
+        measures.pairs,
+        [replace(after, start_logp=before.logp) for after, before in zip(measures.answers, scored, strict=True)],
+    )
 
 
 def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:
@@ -173,7 +192,7 @@ def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
     section = task.section
     batches = itertools.chain.from_iterable(map(_read_epoch, range(section.epochs)))
     orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(section.epochs)]
-    indices = (file.first + i for order in orders for file in order for i in range(len(file.pair_counts)))
+    indices = (file.first + i for order in orders for file in order for i in range(len(file.judgements)))
     groups = _in_order(batches, indices)
 
     def epochs() -> Iterator[Group]:
@@ -220,7 +239,7 @@ def _first_groups(task: TrainTask) -> list[Group]:
     return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
 
 
-def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: Sequence[PairMeasure]) -> None:
+def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: Measures) -> None:
     home = task.home()
     artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
     filesystem = artifact.filesystem
@@ -236,23 +255,22 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: S
             if path.is_file():
                 filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
     artifact.write_manifest({"run_id": task.identity.run_id})
-    result = {"measures": [asdict(m) for m in measures]}
+    result = {"pairs": [asdict(m) for m in measures.pairs], "answers": [asdict(m) for m in measures.answers]}
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
 
-def held_out_measures(home: Home, run_id: str) -> list[PairMeasure] | None:
-    """Return what a finished run measured on its held-out pairs, or None where it left no result.
+def held_out_measures(home: Home, run_id: str) -> Measures | None:
+    """Return what a finished run measured on what was held out, or None where it left no result.
 
     Raises:
         DataError: the file is damaged.
     """
     run = home.artifact("runs", run_id)
     try:
-        return [
-            PairMeasure(**measure)
-            for measure in json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))["measures"]
-        ]
+        result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
+        pairs, answers = result["pairs"], result["answers"]
+        return Measures([PairMeasure(**row) for row in pairs], [AnswerMeasure(**row) for row in answers])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -260,17 +278,18 @@ def held_out_measures(home: Home, run_id: str) -> list[PairMeasure] | None:
         raise DataError(msg) from None
 
 
-def summary(measures: Sequence[PairMeasure]) -> dict[str, float]:
-    """Return the means over held-out pairs, by the names of the ledger's metrics; nothing where there are none."""
-    if not measures:
-        return {}
-    count = len(measures)
-    return {
-        "held_out_loss": sum(m.loss for m in measures) / count,
-        "held_out_accuracy": sum(m.margin > 0 for m in measures) / count,
-        "held_out_ties": sum(m.margin == 0 for m in measures) / count,
-        "held_out_margin": sum(m.margin for m in measures) / count,
-    }
+def summary(measures: Measures) -> dict[str, float]:
+    """Return the means over what was held out, by the names of the ledger's metrics; nothing where there is nothing."""
+    found: dict[str, float] = {}
+    losses = [m.loss for m in measures.pairs if m.loss is not None] + [m.loss for m in measures.answers]
+    if losses:
+        found["held_out_loss"] = sum(losses) / len(losses)
+    if measures.pairs:
+        margins = [m.margin for m in measures.pairs]
+        found["held_out_accuracy"] = sum(m > 0 for m in margins) / len(margins)
+        found["held_out_ties"] = sum(m == 0 for m in margins) / len(margins)
+        found["held_out_margin"] = sum(margins) / len(margins)
+    return found
 
 
 def _barrier(workers: Workers) -> None:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from rich.console import Console
 from sqlalchemy.orm import Session
 
-from app.config import Recipe, load_recipe
+from app.config import OBJECTIVE_OPTIONS, Recipe, TrainSection, load_recipe
 from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
 from app.evaluation.prompts import Prompt, PromptSplit, load_prompts, split_prompts
 from app.evaluation.rules import load_style
@@ -280,7 +280,9 @@ def _differences(tree: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
             nested = [
                 a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")
             ]
-            if nested and isinstance(value, Mapping):
+            if model is TrainSection and name == "options":
+                nested = [OBJECTIVE_OPTIONS.get(node["objective"])]
+            if any(nested) and isinstance(value, Mapping):
                 walk(value, nested[0], where)
             elif not field.is_required() and value != _plain(field.get_default()):
                 found.append((where, value, _plain(field.get_default())))

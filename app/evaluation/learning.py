@@ -1,8 +1,13 @@
-"""Did the model learn? Held-out reward accuracy against chance and against answers' lengths alone.
+"""Did the model learn? One measure for each kind of objective, fixed beforehand, on what was held out.
 
-The bar, fixed beforehand: the lower bound of the accuracy (percentile bootstrap over prompt clusters) must exceed
-50 % *and* the accuracy of both length-only rules on the same pairs. Margins of exactly zero are ties: they count half
-and are shown apart.
+Pairs: reward accuracy. The lower bound (percentile bootstrap over prompt clusters) must exceed 50 % *and* the accuracy of
+both length-only rules on the same pairs. Margins of exactly zero are ties: they count half and are shown apart.
+
+Answers that were judged one by one: the same, for a liked and a disliked answer drawn at random (the area under the
+ROC curve).
+
+Answers that are imitated (`sft`): negative log-likelihood of a token, which must fall: the upper bound of its ratio to
+the start model's must lie under 1.
 """
 
 from collections.abc import Sequence
@@ -11,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from app.evaluation.ratings import Estimate, Resampling, mean_rate
+from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
 
 
 class Measured(Protocol):
@@ -34,6 +39,46 @@ class Measured(Protocol):
         """Length of the rejected answer."""
 
 
+class JudgedAnswer(Protocol):
+    """A held-out answer that was judged by itself, with its reward."""
+
+    @property
+    def cluster(self) -> str:
+        """Prompt cluster."""
+
+    @property
+    def desirable(self) -> bool:
+        """Whether it was liked."""
+
+    @property
+    def reward(self) -> float:
+        """Implicit reward."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+
+
+class ImitatedAnswer(Protocol):
+    """A held-out answer with its log-probability before and after training."""
+
+    @property
+    def cluster(self) -> str:
+        """Prompt cluster."""
+
+    @property
+    def logp(self) -> float:
+        """Log-probability under the trained model."""
+
+    @property
+    def start_logp(self) -> float | None:
+        """Log-probability under the start model."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+
+
 @dataclass(frozen=True)
 class Learning:
     """Held-out accuracy with its interval, and what knowing only the lengths gives."""
@@ -47,6 +92,7 @@ class Learning:
     pairs: int
     clusters: int
     level: float
+    metric: str = "held-out reward accuracy"
 
     @property
     def learned(self) -> bool:
@@ -57,10 +103,37 @@ class Learning:
         """Return the figures as text."""
         verdict = "LEARNED" if self.learned else "NOT LEARNED"
         return (
-            f"{verdict}: held-out reward accuracy {self.accuracy:.1%} "
+            f"{verdict}: {self.metric} {self.accuracy:.1%} "
             f"[{self.low:.1%}, {self.high:.1%}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
             f"  pairs {self.pairs}, ties {self.ties:.1%}\n"
             f"  chance 50.0%, prefer the shorter {self.shorter:.1%}, prefer the longer {self.longer:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Held-out negative log-likelihood in nats a token, before and after, and the interval of their ratio."""
+
+    before: float
+    after: float
+    ratio_low: float
+    ratio_high: float
+    answers: int
+    clusters: int
+    level: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether it fell for certain."""
+        return self.ratio_high < 1
+
+    def table(self) -> str:
+        """Return the figures as text."""
+        verdict = "LEARNED" if self.learned else "NOT LEARNED"
+        return (
+            f"{verdict}: held-out negative log-likelihood {self.before:.3f} -> {self.after:.3f} nats a token, ratio "
+            f"[{self.ratio_low:.3f}, {self.ratio_high:.3f}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
+            f"  answers {self.answers}"
         )
 
 
@@ -85,5 +158,57 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
         longer=1 - shorter,
         pairs=accuracy.n,
         clusters=accuracy.n_clusters,
+        level=level,
+    )
+
+
+def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -> Learning | None:
+    """Compare rewards of liked and of disliked answers with chance and with their lengths.
+
+    None where one of the two kinds is missing.
+    """
+    good = np.array([a.desirable for a in answers], dtype=bool)
+    if good.all() or not good.any():
+        return None
+    rewards, tokens = np.array([a.reward for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
+    index = {name: i for i, name in enumerate(dict.fromkeys(a.cluster for a in answers))}
+    owner = np.array([index[a.cluster] for a in answers])
+    wins = 0.5 * (1 + np.sign(rewards[good][:, None] - rewards[~good][None, :]))
+    generator = np.random.default_rng(seed)
+    resampled = []
+    for draw in generator.multinomial(len(index), np.full(len(index), 1 / len(index)), size=Resampling().samples):
+        liked, disliked = draw[owner[good]].astype(np.float64), draw[owner[~good]].astype(np.float64)
+        weight = liked.sum() * disliked.sum()
+        if weight:
+            resampled.append(liked @ wins @ disliked / weight)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    shorter = float(0.5 * (1 + np.sign(tokens[~good][None, :] - tokens[good][:, None])).mean())
+    return Learning(
+        accuracy=float(wins.mean()),
+        low=float(low),
+        high=float(high),
+        ties=float((wins == 0.5).mean()),
+        shorter=shorter,
+        longer=1 - shorter,
+        pairs=int(wins.size),
+        clusters=len(index),
+        level=level,
+        metric="a held-out liked answer has the higher reward than a disliked one",
+    )
+
+
+def judge_likelihood(answers: Sequence[ImitatedAnswer], *, level: float, seed: int) -> Likelihood:
+    """Compare the likelihood of at least one held-out answer with what the start model gave it."""
+    before = [-(a.start_logp if a.start_logp is not None else float("nan")) for a in answers]
+    after = [-a.logp for a in answers]
+    ratio = mean_ratio(after, before, [a.cluster for a in answers], resampling=Resampling(level=level, seed=seed))
+    tokens = sum(a.tokens for a in answers)
+    return Likelihood(
+        before=sum(before) / tokens,
+        after=sum(after) / tokens,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        answers=ratio.n,
+        clusters=ratio.n_clusters,
         level=level,
     )

@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch. T tokens, N responses, R tokens of responses, P pairs.
+    """One micro-batch. T tokens, N responses, R tokens of responses, P pairs, L labels.
 
     Floating-point fields stay outside of the forward: sharding wrappers may cast them.
     """
@@ -56,11 +56,20 @@ class PackedBatch:
     """[P] int64: index of each pair's rejected response."""
     weights: Tensor
     """[P] float32."""
+    responses: Tensor
+    """[L] int64: index of each judged response."""
+    desirable: Tensor
+    """[L] bool: its label."""
+    label_weights: Tensor
+    """[L] float32."""
     reference_logps: Tensor | None
     """[N] float64, where the snapshot has them."""
     pair_ids: tuple[str, ...]
     clusters: tuple[str, ...]
     """Prompt cluster of each pair."""
+    label_ids: tuple[str, ...]
+    label_clusters: tuple[str, ...]
+    """Prompt cluster of each label."""
 
     @property
     def num_responses(self) -> int:
@@ -80,9 +89,14 @@ class PackedBatch:
         chosen: list[int] = []
         rejected: list[int] = []
         weights: list[float] = []
+        responses: list[int] = []
+        desirable: list[bool] = []
+        label_weights: list[float] = []
         references: list[float] = []
         pair_ids: list[str] = []
         clusters: list[str] = []
+        label_ids: list[str] = []
+        label_clusters: list[str] = []
         for group in groups:
             if not group.prompt_ids or not all(group.responses):
                 msg = f"group `{group.group_id}` has an empty prompt or response, which nothing can predict"
@@ -105,6 +119,12 @@ class PackedBatch:
                 weights.append(pair.weight)
                 pair_ids.append(pair.pair_id)
                 clusters.append(group.cluster)
+            for label in group.labels:
+                responses.append(first + label.response)
+                desirable.append(label.label)
+                label_weights.append(label.weight)
+                label_ids.append(label.pair_id)
+                label_clusters.append(group.cluster)
             references += group.reference_logps or ()
         return cls(
             input_ids=torch.tensor([ids]),
@@ -117,9 +137,14 @@ class PackedBatch:
             chosen=torch.tensor(chosen, dtype=torch.int64),
             rejected=torch.tensor(rejected, dtype=torch.int64),
             weights=torch.tensor(weights),
+            responses=torch.tensor(responses, dtype=torch.int64),
+            desirable=torch.tensor(desirable, dtype=torch.bool),
+            label_weights=torch.tensor(label_weights),
             reference_logps=torch.tensor(references, dtype=torch.float64) if len(references) == len(counts) else None,
             pair_ids=tuple(pair_ids),
             clusters=tuple(clusters),
+            label_ids=tuple(label_ids),
+            label_clusters=tuple(label_clusters),
         )
 
     def to(self, device: torch.device) -> Self:
@@ -151,7 +176,7 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatc
 
 
 def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pairs: int) -> Iterator[list[Item]]:
-    """Cut a stream into optimizer steps of at least `batch_pairs` pairs; the last may have fewer.
+    """Cut a stream into optimizer steps of at least `batch_pairs` pairs (or labels); the last may have fewer.
 
     Items without pairs at the end belong to no step.
     An item (a group) is never divided, so a step may exceed `batch_pairs` by the pairs of its last item less one.
@@ -170,7 +195,7 @@ def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pai
 
 def step_groups(groups: Iterable[Group], batch_pairs: int) -> Iterator[list[Group]]:
     """Cut a stream of groups into optimizer steps, see `cut_steps`."""
-    return cut_steps(groups, lambda group: len(group.pairs), batch_pairs)
+    return cut_steps(groups, lambda group: len(group.judgements), batch_pairs)
 
 
 def rank_share(groups: Sequence[Group], *, rank: int, world_size: int) -> list[Group]:

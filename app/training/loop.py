@@ -7,11 +7,12 @@ rows make a step. Losses are normalised by the global weight of the step. No upd
 gradient norm is not finite on any rank.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,11 @@ from transformers import PreTrainedModel
 from app.config import TrainSection
 from app.errors import TrainingError
 from app.training.batch import PackedBatch, micro_batches, rank_share
-from app.training.objectives import PairLosses
+from app.training.judgements import Unit, divide
+from app.training.objectives import Losses, Objective, Scored
 from app.training.policy import adapter_off_logps, autocast, merged_model, trainable
 from app.training.scoring import ScoringModel, plain_logps, with_reference_logps
 from app.training.tokenization import Group
-
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], PairLosses]
-"""(policy logps [N], reference logps [N], chosen [P], rejected [P], token counts [N], mean chosen tokens of the
-step) -> PairLosses."""
-
 
 _NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Nats for the square root of a token, root mean square over responses.
@@ -37,6 +34,9 @@ Rounding errors of tokens are independent, so they grow with the square root of 
 bf16 is 0.04 to 0.05 from fp32, by plain rows as well as packed. Measured on four groups of the demo: packed against plain
 rows 0.08, the SFT model against the first champion 1.3, stock attention on the packed row 6.8.
 """
+
+
+Row = TypeVar("Row")
 
 
 class Workers(Protocol):
@@ -48,7 +48,7 @@ class Workers(Protocol):
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks, in place."""
 
-    def gather(self, rows: list["PairMeasure"]) -> list["PairMeasure"]:
+    def gather(self, rows: list[Row]) -> list[Row]:
         """Return the rows of all ranks."""
 
 
@@ -61,29 +61,35 @@ class SingleWorker:
     def sum_(self, tensor: Tensor) -> None:
         """Nothing to add."""
 
-    def gather(self, rows: list["PairMeasure"]) -> list["PairMeasure"]:
+    def gather(self, rows: list[Row]) -> list[Row]:
         """The rows are all there."""
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Means over the pairs of one optimizer step, over all ranks. Log-probabilities and rewards are in nats."""
+    """Means over the judgements of one optimizer step, over all ranks; log-probabilities and rewards are in nats.
+
+    Chosen are the chosen answers of pairs and the liked ones of labels. What a step does not have is None.
+    """
 
     step: int
     """Number of steps done, this one included."""
     loss: float
-    reward_chosen: float
-    reward_rejected: float
-    reward_margin: float
-    reward_accuracy: float
+    reward_chosen: float | None
+    reward_rejected: float | None
+    reward_margin: float | None
+    reward_accuracy: float | None
     """Share of pairs with a positive margin; exact zeros are ties and count in `reward_ties`."""
-    reward_ties: float
-    logp_chosen: float
-    logp_rejected: float
+    reward_ties: float | None
+    logp_chosen: float | None
+    logp_rejected: float | None
+    kl: float | None
+    """KTO's estimate of KL(policy, reference), before it is clamped to 0."""
     grad_norm: float
     learning_rate: float
     pairs: int
+    labels: int
     tokens: int
     seconds: float
 
@@ -95,9 +101,33 @@ class PairMeasure:
     pair_id: str
     cluster: str
     margin: float
-    loss: float
+    loss: float | None
+    """None where the objective judges answers one by one."""
     chosen_tokens: int
     rejected_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMeasure:
+    """One held-out answer that is judged by itself."""
+
+    pair_id: str
+    cluster: str
+    desirable: bool
+    reward: float
+    logp: float
+    tokens: int
+    loss: float
+    start_logp: float | None = None
+    """Of the model that training began with, where nothing but likelihood is learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What was measured on held-out groups, sorted by id."""
+
+    pairs: list[PairMeasure]
+    answers: list[AnswerMeasure]
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -150,26 +180,22 @@ def optimise(
         began = time.perf_counter()
         policy.train()
         optimizer.zero_grad(set_to_none=False)
-        weight, mean_chosen_tokens = _step_totals(groups)
+        totals = _Totals.of(groups, objective.unit)
+        own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
+        kl = _kl(policy, strangers, section=section, workers=workers) if "kl" in objective.needs else None
         sums = _Sums(device)
-        for batch in micro_batches(
-            rank_share(groups, rank=workers.rank, world_size=workers.size), section.micro_batch_tokens
-        ):
+        for batch in micro_batches(own, section.micro_batch_tokens):
             batch = batch.to(device)
-            reference = _reference(policy, batch, section)
-            with autocast(device, section.dtype):
-                scores = policy(batch)
-            result = objective(
-                scores.logps, reference, batch.chosen, batch.rejected, batch.token_counts, mean_chosen_tokens
-            )
-            loss = (result.losses * batch.weights).sum() / weight
+            result, logps = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
             loss.backward()
-            sums.add(batch, result, scores.logps.detach(), float(loss.detach()))
+            sums.add(batch, objective.unit, result, logps.detach(), float(loss.detach()))
         _sum_gradients(parameters, workers)
         workers.sum_(sums.values)
         norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
         report = sums.report(
             step=step + 1,
+            kl=None if kl is None else float(kl),
             grad_norm=float(norm),
             learning_rate=section.learning_rate
             * learning_rate_factor(
@@ -178,7 +204,7 @@ def optimise(
             seconds=time.perf_counter() - began,
         )
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            ids = [pair.pair_id for group in groups for pair in group.pairs]
+            ids = [judged.pair_id for group in groups for judged in group.judgements]
             msg = f"step {step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; no update was made. Pairs of the step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}\n\nHint: lower train.learning_rate, or look at these pairs."
             raise TrainingError(msg)
         for parameter_group in optimizer.param_groups:
@@ -194,34 +220,48 @@ def measure(
     objective: Objective,
     section: TrainSection,
     workers: Workers,
-) -> list[PairMeasure]:
-    """Score held-out groups without training; every rank returns the pairs of all ranks, sorted by id."""
+) -> Measures:
+    """Score held-out groups without training; every rank returns what all ranks measured, sorted by id.
+
+    Held-out answers come from their own prompts only, so KTO's KL is not known: its losses are those of kl = 0.
+    """
     device = next(policy.parameters()).device
     policy.train(mode=False)
-    rows: list[PairMeasure] = []
-    _, mean_chosen_tokens = _step_totals(groups)
+    pairs: list[PairMeasure] = []
+    answers: list[AnswerMeasure] = []
+    totals = _Totals.of(groups, objective.unit)
+    kl = torch.zeros((), device=device)
     share = rank_share(groups, rank=workers.rank, world_size=workers.size)
     with torch.no_grad():
         for batch in micro_batches(share, section.micro_batch_tokens):
             batch = batch.to(device)
-            reference = _reference(policy, batch, section)
-            with autocast(device, section.dtype):
-                scores = policy(batch)
-            result = objective(
-                scores.logps, reference, batch.chosen, batch.rejected, batch.token_counts, mean_chosen_tokens
-            )
-            margins = (result.chosen_rewards - result.rejected_rewards).tolist()
-            chosen, rejected = batch.token_counts[batch.chosen], batch.token_counts[batch.rejected]
-            rows += map(
-                PairMeasure,
-                batch.pair_ids,
-                batch.clusters,
-                margins,
-                result.losses.tolist(),
-                chosen.tolist(),
-                rejected.tolist(),
-            )
-    return sorted(workers.gather(rows), key=lambda row: row.pair_id)
+            result, logps = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            rewards, losses = result.rewards, result.losses.tolist()
+            if objective.unit != "good":
+                pairs += map(
+                    PairMeasure,
+                    batch.pair_ids,
+                    batch.clusters,
+                    (rewards[batch.chosen] - rewards[batch.rejected]).tolist(),
+                    losses if objective.unit == "pairs" else itertools.repeat(None),
+                    batch.token_counts[batch.chosen].tolist(),
+                    batch.token_counts[batch.rejected].tolist(),
+                )
+            if objective.unit != "pairs":
+                answers += map(
+                    AnswerMeasure,
+                    batch.label_ids,
+                    batch.label_clusters,
+                    batch.desirable.tolist(),
+                    rewards[batch.responses].tolist(),
+                    logps[batch.responses].tolist(),
+                    batch.token_counts[batch.responses].tolist(),
+                    losses,
+                )
+    return Measures(
+        sorted(workers.gather(pairs), key=lambda row: row.pair_id),
+        sorted(workers.gather(answers), key=lambda row: (row.pair_id, not row.desirable)),
+    )
 
 
 def measure_exported(
@@ -231,7 +271,7 @@ def measure_exported(
     objective: Objective,
     section: TrainSection,
     workers: Workers,
-) -> tuple[PreTrainedModel, list[PairMeasure]]:
+) -> tuple[PreTrainedModel, Measures]:
     """Merge the adapters, and score held-out groups with the very weights that leave the run.
 
     Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
@@ -241,7 +281,7 @@ def measure_exported(
     Returns:
         the plain model and its measures as `measure` returns them.
     """
-    if section.reference == "adapter_off":
+    if objective.has_reference and section.reference == "adapter_off":
         device = next(policy.parameters()).device
         policy.train(mode=False)
         # `measure` divides them in the same way, so what other ranks score needs no reference here.
@@ -254,7 +294,9 @@ def measure_exported(
         groups = [scored.get(group.group_id, group) for group in groups]
         section = section.model_copy(update={"reference": "precomputed"})
     model = merged_model(policy)
-    measured = measure(ScoringModel(model), groups, objective=objective, section=section, workers=workers)
+    measured = measure(
+        ScoringModel(model, agreement=policy.agreement), groups, objective=objective, section=section, workers=workers
+    )
     return model, measured
 
 
@@ -302,14 +344,78 @@ def _noise(found: Tensor, expected: Tensor, batch: PackedBatch) -> float:
     return float(((found - expected).double().square() / batch.token_counts).mean().sqrt())
 
 
-def _step_totals(groups: Sequence[Group]) -> tuple[float, float]:
-    """Return the total weight of the pairs of a step and the mean length of their chosen responses, on every rank."""
-    weight = tokens = 0.0
-    for group in groups:
-        for pair in group.pairs:
-            weight += pair.weight
-            tokens += pair.weight * len(group.responses[pair.chosen])
-    return weight, tokens / weight if weight else 1.0
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Of all judgements of a step, on every rank."""
+
+    weight: float
+    mean_tokens: float
+    """Mean tokens of the chosen (or of the judged) responses, weighted."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], unit: Unit) -> Self:
+        weight = tokens = 0.0
+        for group in groups:
+            if unit == "pairs":
+                judged = [(pair.chosen, pair.weight) for pair in group.pairs]
+            else:
+                judged = [(label.response, label.weight) for label in group.labels]
+            for response, share in judged:
+                weight += share
+                tokens += share * len(group.responses[response])
+        return cls(weight or 1.0, tokens / weight if weight else 1.0)
+
+
+def _weights(batch: PackedBatch, objective: Objective) -> Tensor:
+    return batch.weights if objective.unit == "pairs" else batch.label_weights
+
+
+def _divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """Separate the answers to other prompts, on which the KL is estimated, from those that are judged."""
+    divided = [divide(group) for group in groups]
+    return [own for own, _ in divided], [strangers for _, strangers in divided if strangers is not None]
+
+
+def _kl(policy: ScoringModel, strangers: Sequence[Group], *, section: TrainSection, workers: Workers) -> Tensor:
+    """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped."""
+    device = next(policy.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for batch in micro_batches(strangers, section.micro_batch_tokens):
+            batch = batch.to(device)
+            with autocast(device, section.dtype):
+                logps: Tensor = policy(batch).logps
+            ratios = (logps - _reference(policy, batch, section)).double()
+            sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+    workers.sum_(sums)
+    return (sums[0] / sums[1].clamp(min=1)).float()
+
+
+def _losses(
+    policy: ScoringModel,
+    batch: PackedBatch,
+    objective: Objective,
+    section: TrainSection,
+    mean_tokens: float,
+    kl: Tensor | None,
+) -> tuple[Losses, Tensor]:
+    """Score a batch and return what the objective makes of it, and the log-probabilities [N] of the policy."""
+    reference = _reference(policy, batch, section) if objective.has_reference else None
+    with autocast(batch.input_ids.device, section.dtype):
+        scores = policy(batch)
+    scored = Scored(
+        policy_logps=scores.logps,
+        reference_logps=reference,
+        token_counts=batch.token_counts,
+        chosen=batch.chosen,
+        rejected=batch.rejected,
+        responses=batch.responses,
+        desirable=batch.desirable,
+        mean_tokens=mean_tokens,
+        agreement=scores.agreement,
+        kl=kl,
+    )
+    return objective(scored), scores.logps
 
 
 def _reference(policy: ScoringModel, batch: PackedBatch, section: TrainSection) -> Tensor:
@@ -342,42 +448,71 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], workers: Workers) -> None
 class _Sums:
     """Sums and counts of a step, added up over ranks in one collective."""
 
-    _NAMES = ("loss", "chosen", "rejected", "accurate", "ties", "logp_chosen", "logp_rejected", "pairs", "tokens")
+    _NAMES = (
+        "loss",
+        "chosen",
+        "rejected",
+        "accurate",
+        "ties",
+        "logp_chosen",
+        "logp_rejected",
+        "good",
+        "bad",
+        "pairs",
+        "labels",
+        "tokens",
+    )
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, result: PairLosses, logps: Tensor, loss: float) -> None:
-        margins = result.chosen_rewards - result.rejected_rewards
+    def add(self, batch: PackedBatch, unit: Unit, result: Losses, logps: Tensor, loss: float) -> None:
+        if unit == "pairs":
+            good, bad = batch.chosen, batch.rejected
+            margins = result.rewards[good] - result.rewards[bad]
+        else:
+            good, bad = batch.responses[batch.desirable], batch.responses[~batch.desirable]
+            margins = result.rewards.new_zeros(0)
         row = (
             loss,
-            float(result.chosen_rewards.sum()),
-            float(result.rejected_rewards.sum()),
+            float(result.rewards[good].sum()),
+            float(result.rewards[bad].sum()),
             float((margins > 0).sum()),
             float((margins == 0).sum()),
-            float(logps[batch.chosen].sum()),
-            float(logps[batch.rejected].sum()),
+            float(logps[good].sum()),
+            float(logps[bad].sum()),
+            float(len(good)),
+            float(len(bad)),
             float(len(margins)),
+            float(len(batch.responses)),
             float(batch.input_ids.numel()),
         )
         self.values += torch.tensor(row, dtype=torch.float64, device=self.values.device)
 
-    def report(self, *, step: int, grad_norm: float, learning_rate: float, seconds: float) -> StepReport:
+    def report(
+        self, *, step: int, kl: float | None, grad_norm: float, learning_rate: float, seconds: float
+    ) -> StepReport:
         total = dict(zip(self._NAMES, self.values.tolist(), strict=True))
-        pairs = max(1.0, total["pairs"])
+
+        def mean(name: str, count: str) -> float | None:
+            return total[name] / total[count] if total[count] else None
+
+        chosen, rejected = mean("chosen", "good"), mean("rejected", "bad")
         return StepReport(
             step=step,
             loss=total["loss"],
-            reward_chosen=total["chosen"] / pairs,
-            reward_rejected=total["rejected"] / pairs,
-            reward_margin=(total["chosen"] - total["rejected"]) / pairs,
-            reward_accuracy=total["accurate"] / pairs,
-            reward_ties=total["ties"] / pairs,
-            logp_chosen=total["logp_chosen"] / pairs,
-            logp_rejected=total["logp_rejected"] / pairs,
+            reward_chosen=chosen,
+            reward_rejected=rejected,
+            reward_margin=None if chosen is None or rejected is None else chosen - rejected,
+            reward_accuracy=mean("accurate", "pairs"),
+            reward_ties=mean("ties", "pairs"),
+            logp_chosen=mean("logp_chosen", "good"),
+            logp_rejected=mean("logp_rejected", "bad"),
+            kl=kl,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             pairs=int(total["pairs"]),
+            labels=int(total["labels"]),
             tokens=int(total["tokens"]),
             seconds=seconds,
         )

@@ -31,13 +31,21 @@ class ResponseScores:
 
     logps: Tensor
     token_counts: Tensor
+    agreement: Tensor | None = None
+    """Mean over a response's tokens of log p(token) - log sum_v p(v)^2, without gradient; where it was asked for."""
 
 
 class ScoringModel(nn.Module):
-    """Scores the responses of packed batches with a causal language model (which may carry adapters)."""
+    """Scores the responses of packed batches with a causal language model (which may carry adapters).
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    Args:
+        model: the model.
+        agreement: whether the scores hold `agreement`, which costs another pass over the logits.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, agreement: bool = False) -> None:
         super().__init__()
+        self.agreement = agreement
         check_packable(model)
         attention.register()
         model.set_attn_implementation(attention.ATTENTION_NAME)
@@ -55,17 +63,21 @@ class ScoringModel(nn.Module):
         ).last_hidden_state[0]
         rows = hidden[batch.predictor_rows]
         head = causal.get_output_embeddings()
-        logps = []
+        cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+        parts = []
         for part, targets in zip(
             torch.split(rows, _HEAD_CHUNK), torch.split(batch.target_ids, _HEAD_CHUNK), strict=True
         ):
+            arguments = (head, part, targets, cap, self.agreement)
             if rows.requires_grad and len(rows) > _HEAD_CHUNK:
-                logps.append(checkpoint(_target_logps, head, part, targets, use_reentrant=False))
+                parts.append(checkpoint(_token_scores, *arguments, use_reentrant=False))
             else:
-                logps.append(_target_logps(head, part, targets))
-        token_logps = torch.cat(logps)
-        summed = torch.zeros(batch.num_responses, dtype=token_logps.dtype, device=token_logps.device)
-        return ResponseScores(summed.index_add(0, batch.response_of_target, token_logps), batch.token_counts)
+                parts.append(_token_scores(*arguments))
+        token_scores = torch.cat(parts, dim=1)
+        summed = token_scores.new_zeros(len(token_scores), batch.num_responses)
+        summed = summed.index_add(1, batch.response_of_target, token_scores)
+        agreement = summed[1] / batch.token_counts if self.agreement else None
+        return ResponseScores(summed[0], batch.token_counts, agreement)
 
 
 def with_reference_logps(
@@ -88,14 +100,16 @@ def with_reference_logps(
 
 
 def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> Tensor:
-    """Score every response of the groups in a row of its own, with the model's own `sdpa` attention.
+    """Score every response of the groups in a row of its own, with the model's own attention.
 
     Returns:
         [N] summed log-probabilities, in the order of a packed batch of the same groups.
     """
     device = next(model.parameters()).device
     previous = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    # transformers' own `sdpa` knows no cap on attention scores and would leave it out.
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if capped else "sdpa")
     sums = []
     try:
         for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
@@ -126,9 +140,20 @@ def check_packable(model: PreTrainedModel | PeftModel) -> None:
             raise ModelError(msg)
 
 
-def _target_logps(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    logps: Tensor = _TargetLogps.apply(head(rows), targets)  # type: ignore[no-untyped-call]
-    return logps
+def _token_scores(head: nn.Module, rows: Tensor, targets: Tensor, cap: float | None, agreement: bool) -> Tensor:  # noqa: FBT001
+    """Return [1, R] log-probabilities of the targets, or [2, R] with how far they agree with the policy's own choice."""
+    logits: Tensor = head(rows)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logps: Tensor = _TargetLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
+    if not agreement:
+        return logps[None]
+    with torch.no_grad():
+        wide = (_wide(part) for part in _row_parts(logits))
+        # log sum_v p(v)^2 = logsumexp(2 z) - 2 logsumexp(z)
+        squares = torch.cat([(2 * z).logsumexp(dim=-1) - 2 * z.logsumexp(dim=-1) for z in wide])
+        own = logps.detach() - squares
+    return torch.stack([logps, own])
 
 
 class _TargetLogps(torch.autograd.Function):

@@ -37,6 +37,10 @@ class Binding:
     reference_digest: str | None
     """Digest of the reference model; None where the snapshot has no reference log-probabilities."""
     dtype: str | None
+    unit: str = "pairs"
+    """What the objective learns from: `pairs`, `labels` or `good`."""
+    strangers: bool = False
+    """Whether labelled answers have partners from other prompts, for KTO's KL."""
 
 
 def to_row(group: Group, row_index: int) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def write_training_snapshot(
                 "rows": len(members),
                 "pairs": sum(len(g.pairs) for g in members),
                 "labels": sum(len(g.labels) for g in members),
+                "liked": sum(label.label for g in members for label in g.labels),
                 "tokens": sum(g.num_tokens for g in members),
             }
         artifact.write_manifest(
@@ -148,6 +153,8 @@ def check_binding(
     template_digest: str,
     max_length: int,
     too_long: str,
+    unit: str,
+    strangers: bool,
     reference_digest: str | None,
     dtype: str,
 ) -> dict[str, Any]:
@@ -158,6 +165,8 @@ def check_binding(
         template_digest: of the policy's tokenizer.
         max_length: tokens that a row may have, as the run wants it.
         too_long: what the run wants done with longer rows.
+        unit: what the run's objective learns from.
+        strangers: whether it needs answers to other prompts.
         reference_digest: of the reference whose log-probabilities the run wants to read, or None.
         dtype: compute type of the run.
 
@@ -172,6 +181,9 @@ def check_binding(
         raise DataError(msg)
     if (binding.max_length, binding.too_long) != (max_length, too_long):
         msg = f"training snapshot `{artifact.name}` was made with prepare.max_length = {binding.max_length} and prepare.too_long = {binding.too_long}, the recipe says {max_length} and {too_long}\n\nHint: run `prefloop prepare` again, or set these values as the snapshot has them."
+        raise DataError(msg)
+    if binding.unit != unit or (strangers and not binding.strangers):
+        msg = f"training snapshot `{artifact.name}` holds {binding.unit}{' with answers to other prompts' if binding.strangers else ''}, the objective needs {unit}{' with answers to other prompts' if strangers else ''}\n\nHint: run `prefloop prepare` again."
         raise DataError(msg)
     if reference_digest is not None and (binding.reference_digest, binding.dtype) != (reference_digest, dtype):
         msg = f"training snapshot `{artifact.name}` has reference log-probabilities of {binding.reference_digest or 'no model'} in {binding.dtype}, the run needs {reference_digest} in {dtype}\n\nHint: run `prefloop prepare` again."
@@ -195,16 +207,18 @@ class TrainFile:
 
     path: str
     first: int
-    pair_counts: tuple[int, ...]
+    judgements: tuple[int, ...]
+    """Pairs and labels of each row."""
 
 
 def train_files(artifact: Artifact) -> list[TrainFile]:
-    """List the train files with the number of pairs of each row; reads one column."""
+    """List the train files with the number of pairs and labels of each row; reads no token."""
     files = []
     for path in artifact.part_uris(Split.TRAIN.value):
         with artifact.filesystem.open(path, "rb") as stream:
-            table = pq.read_table(stream, columns=["row_index", "pairs"])
-        counts = tuple(pc.list_value_length(table["pairs"]).to_pylist())
+            table = pq.read_table(stream, columns=["row_index", "pairs", "labels"])
+        lengths = [pc.fill_null(pc.list_value_length(table[kind]), 0).to_pylist() for kind in ("pairs", "labels")]
+        counts = tuple(map(sum, zip(*lengths, strict=True)))
         if counts:
             files.append(TrainFile(path, table["row_index"][0].as_py(), counts))
     return files
@@ -225,7 +239,7 @@ def epoch_stream(
     Raises:
         DataError: the stream ends before the rows of the epoch do.
     """
-    length = sum(len(file.pair_counts) for file in files)
+    length = sum(len(file.judgements) for file in files)
     for number, start in enumerate(range(0, length, window)):
         buffer = list(itertools.islice(items, min(window, length - start)))
         if len(buffer) < min(window, length - start):
@@ -240,7 +254,7 @@ def count_steps(files: Sequence[TrainFile], *, seed: int, epochs: int, window: i
     def counts() -> Iterator[int]:
         for epoch in range(epochs):
             ordered = epoch_files(files, seed=seed, epoch=epoch)
-            stream = (count for file in ordered for count in file.pair_counts)
+            stream = (count for file in ordered for count in file.judgements)
             yield from epoch_stream(stream, ordered, seed=seed, epoch=epoch, window=window)
 
     return sum(1 for _ in cut_steps(counts(), lambda count: count, batch_pairs))

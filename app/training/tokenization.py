@@ -42,7 +42,10 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt, its answers, and what is known about them: one row of a training snapshot."""
+    """A prompt, its answers, and what is known about them: one row of a training snapshot.
+
+    An answer that no pair and no label names belongs to another prompt: KTO estimates its KL on such answers.
+    """
 
     group_id: str
     cluster: str
@@ -57,6 +60,11 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens of the packed row: the prompt once and every response."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    @property
+    def judgements(self) -> tuple[Preference | Label, ...]:
+        """Pairs and labels: what an optimizer step counts."""
+        return (*self.pairs, *self.labels)
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,16 @@ def test_every_recipe_that_ships_is_valid(path):
 def test_all_faults_are_listed_at_once_with_the_nearest_key(tmp_path):
     path = write(
         tmp_path,
-        "name: x\ntrain:\n  learning_rte: 1e-4\n  beta: -1\nworkers:\n  worker: 2\ntrian: {}\nserving:\n  port: no\n",
+        "name: x\ntrain:\n  learning_rte: 1e-4\n  options: {beta: -1, gama: 2}\nworkers:\n  worker: 2\ntrian: {}\nserving:\n  port: no\n",
     )
     with pytest.raises(RecipeError) as refused:
         load_recipe(path, ["pairs.min_pairs=0"])
     message = str(refused.value)
-    assert f"recipe `{path}` has 6 fault(s)" in message
+    assert f"recipe `{path}` has 7 fault(s)" in message
     for fault in (
         "`train.learning_rte`: unknown key; did you mean `learning_rate`?",
-        "`train.beta`: Input should be greater than 0 (got -1)",
+        "`train.options.gama`: unknown key; known: beta, label_smoothing, length_weight, sft_weight, wpo",
+        "`train.options.beta`: Input should be greater than 0 (got -1)",
         "`workers.worker`: unknown key; did you mean `workers`?",
         "`trian`: unknown key; did you mean `train`?",
         "`pairs.min_pairs`: Input should be greater than or equal to 1 (got 0)",
@@ -58,10 +59,10 @@ def test_a_learning_rate_in_any_notation_is_a_float(tmp_path, text):
 
 def test_overrides_reach_sections_that_the_file_does_not_have(tmp_path):
     recipe = load_recipe(
-        write(tmp_path, "name: x\ntrain:\n  beta: 0.5\n"),
-        ["train.beta=0.2", "train.lora.r=4", "snapshot=hh", "train.lora.target_modules=[q_proj]"],
+        write(tmp_path, "name: x\ntrain:\n  options: {beta: 0.5}\n"),
+        ["train.options.beta=0.2", "train.lora.r=4", "snapshot=hh", "train.lora.target_modules=[q_proj]"],
     )
-    assert (recipe.train.beta, recipe.train.lora.r, recipe.snapshot) == (0.2, 4, "hh")
+    assert (recipe.train.options["beta"], recipe.train.lora.r, recipe.snapshot) == (0.2, 4, "hh")
     assert recipe.train.lora.target_modules == ("q_proj",)
 
 
@@ -115,7 +116,7 @@ def test_more_steps_at_least_than_at_most_are_refused():
 def test_a_recipe_is_frozen_and_survives_json():
     recipe = Recipe(name="x", pairs=PairSection(since="2026-01-01T00:00:00Z"))
     with pytest.raises(ValidationError):
-        recipe.train.beta = 3
+        recipe.train.epochs = 3
     assert parse_recipe(recipe.model_dump(mode="json"), place="json") == recipe
 
 

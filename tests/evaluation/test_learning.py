@@ -1,9 +1,10 @@
 """LEARNED is said only where the lower bound beats chance and both length-only rules; ties are half and shown."""
 
+import numpy as np
 import pytest
 
-from app.evaluation.learning import judge_learning
-from app.training.loop import PairMeasure
+from app.evaluation.learning import judge_answers, judge_learning, judge_likelihood
+from app.training.loop import AnswerMeasure, PairMeasure
 
 
 def measures(*, right: int, wrong: int, tied: int = 0, shorter_chosen: float = 0.5) -> list[PairMeasure]:
@@ -66,3 +67,52 @@ def test_the_table_holds_every_figure():
         "longer 40.0%",
     ):
         assert figure in table
+
+
+def answers(*, liked_reward: float, noise: float = 1.0, longer: int = 0, count: int = 120) -> list[AnswerMeasure]:
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        liked = i % 2 == 0
+        reward = (liked_reward if liked else 0.0) + noise * float(generator.normal())
+        tokens = 9 + int(generator.integers(4)) + (longer if liked else 0)
+        rows.append(AnswerMeasure(str(i), f"c{i // 2}", liked, reward, -1.0, tokens, 0.5))
+    return rows
+
+
+def test_liked_answers_are_held_against_disliked_ones_one_by_one():
+    learning = judge_answers(answers(liked_reward=1.5, count=600), level=0.95, seed=0)
+    assert learning.learned
+    assert learning.pairs == 300 * 300
+    # Two normals 1.5 apart: Phi(1.5 / sqrt(2)) = 0.856.
+    assert learning.accuracy == pytest.approx(0.856, abs=0.05)
+    assert learning.low < learning.accuracy < learning.high
+    assert "a held-out liked answer has the higher reward" in learning.table()
+
+
+def test_rewards_without_meaning_or_that_follow_the_length_are_not_learned():
+    assert not judge_answers(answers(liked_reward=0.0), level=0.95, seed=0).learned
+    learning = judge_answers(answers(liked_reward=1.5, longer=9), level=0.95, seed=0)
+    assert learning.longer == 1.0
+    assert not learning.learned
+
+
+def test_answers_of_one_kind_say_nothing():
+    liked = [a for a in answers(liked_reward=1.0) if a.desirable]
+    assert judge_answers(liked, level=0.95, seed=0) is None
+
+
+@pytest.mark.parametrize(("gain", "learned"), [(0.3, True), (0.0, False), (-0.2, False)])
+def test_imitation_is_learned_where_the_likelihood_rises_for_certain(gain, learned):
+    generator = np.random.default_rng(1)
+    rows = []
+    for i in range(80):
+        tokens = 5 + i % 9
+        start = -2.0 * tokens
+        after = start + tokens * gain + float(generator.normal())
+        rows.append(AnswerMeasure(str(i), f"c{i // 2}", True, 0.0, after, tokens, 0.5, start))
+    likelihood = judge_likelihood(rows, level=0.95, seed=0)
+    assert likelihood.learned is learned
+    assert likelihood.before == pytest.approx(2.0)
+    assert likelihood.after == pytest.approx(2.0 - gain, abs=0.05)
+    assert f"{'LEARNED' if learned else 'NOT LEARNED'}: held-out negative log-likelihood" in likelihood.table()

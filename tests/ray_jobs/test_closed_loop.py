@@ -143,7 +143,7 @@ def write_recipe(folder: Path, sft: Path, *, port: int) -> Path:
             "learning_rate": 1e-2,
             "schedule": "constant",
             "warmup_ratio": 0.0,
-            "sft_weight": 1.0,
+            "options": {"sft_weight": 1.0},
             "lora": {"r": 8, "alpha": 16},
             "batch_pairs": 16,
             "micro_batch_tokens": 512,

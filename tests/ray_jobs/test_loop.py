@@ -56,7 +56,7 @@ def test_a_round_that_ended_is_followed_by_a_new_one(ledger, status):
 
 def test_another_recipe_abandons_an_interrupted_round(ledger):
     run = LoopRun.open(ledger, recipe())
-    other = LoopRun.open(ledger, recipe(train={"beta": 0.2}))
+    other = LoopRun.open(ledger, recipe(train={"options": {"beta": 0.2}}))
     assert other.run_id != run.run_id
     assert status_of(ledger, run) == "abandoned"
     with ledger.read() as session:

@@ -5,7 +5,6 @@ import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,7 +23,7 @@ from app.schemas import Split
 from app.storage import Home
 from app.training.batch import PackedBatch, step_groups
 from app.training.loop import SingleWorker, make_optimizer, optimise
-from app.training.objectives import dpo
+from app.training.objectives import load_objective
 from app.training.policy import build_policy
 from app.training.scoring import ScoringModel
 from app.training.snapshots import Binding, epoch_files, epoch_stream, read_groups, train_files, write_training_snapshot
@@ -142,7 +141,7 @@ def one_process(stage, recipe):
     def rows():
         for epoch in range(section.epochs):
             ordered = epoch_files(files, seed=section.seed, epoch=epoch)
-            stream = (groups[f.first + i] for f in ordered for i in range(len(f.pair_counts)))
+            stream = (groups[f.first + i] for f in ordered for i in range(len(f.judgements)))
             yield from epoch_stream(stream, ordered, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
 
     steps = list(step_groups(rows(), section.batch_pairs))
@@ -150,7 +149,7 @@ def one_process(stage, recipe):
         optimise(
             policy,
             steps,
-            objective=partial(dpo, beta=section.beta),
+            objective=load_objective(section.objective, section.options),
             optimizer=make_optimizer(policy, section),
             section=section,
             total_steps=len(steps),
@@ -261,7 +260,7 @@ def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):
 def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
     with pytest.raises(TrainingError, match="exists with another snapshot or recipe"):
-        train(home, ledger, recipe_for(sft, beta=0.2), snapshot_id, run_id="unbroken")
+        train(home, ledger, recipe_for(sft, options={"beta": 0.2}), snapshot_id, run_id="unbroken")
 
 
 def test_a_refusal_of_a_worker_ends_the_run_at_its_first_attempt(cluster, stage):

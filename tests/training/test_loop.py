@@ -1,17 +1,20 @@
 """The loop: what must not change the numbers does not, and what must stop it does."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from app.config import LoraSection, TrainSection
+from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
 from app.models import Lineage, load_model, register_folder
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
+from app.training.judgements import divide, for_unit, with_strangers
 from app.training.loop import (
     SingleWorker,
     check_packing,
@@ -22,7 +25,7 @@ from app.training.loop import (
     measure_exported,
     optimise,
 )
-from app.training.objectives import dpo
+from app.training.objectives import Objective, load_objective
 from app.training.policy import adapter_off_logps, autocast, build_policy, merged_model, trainable
 from app.training.scoring import plain_logps
 from app.training.tokenization import Group, Preference
@@ -35,7 +38,7 @@ SECTION = TrainSection(
     reference="adapter_off",
     lora=LoraSection(r=4, alpha=8),
 )
-OBJECTIVE = partial(dpo, beta=0.1)
+OBJECTIVE = load_objective("dpo", {"beta": 0.1})
 
 
 def make_groups(count: int) -> list[Group]:
@@ -92,15 +95,146 @@ def test_training_raises_the_margin_of_what_it_trains_on(start):
     assert reports[-1].reward_accuracy == 1.0
 
 
-@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_token_budget_and_order_inside_a_step_do_not_change_the_gradient(start, sft_weight):
-    groups = make_groups(6)
-    settings = {"optimizer": sgd, "objective": partial(dpo, beta=0.1, sft_weight=sft_weight)}
-    one, _ = run(start, SECTION, groups, steps=[groups], **settings)
+class Threads:
+    """Ranks that are threads: what `Workers` promises, without a cluster."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.slots: list = [None] * size
+
+    def rank(self, number: int) -> "Rank":
+        return Rank(self, number)
+
+    def exchange(self, rank: int, value):
+        self.slots[rank] = value
+        self.barrier.wait()
+        every = list(self.slots)
+        self.barrier.wait()
+        return every
+
+
+class Rank:
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.threads, self.rank, self.size = threads, rank, threads.size
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self.threads.exchange(self.rank, tensor.clone())))
+
+    def gather(self, rows: list) -> list:
+        return [row for part in self.threads.exchange(self.rank, rows) for row in part]
+
+
+OPTIONS = {
+    "dpo": {"beta": 0.1, "sft_weight": 0.5, "length_weight": 0.01, "wpo": True},
+    "kto": {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.5},
+    "apo_zero_unpaired": {"desirable_weight": 1.0, "undesirable_weight": 1.5},
+}
+
+
+def groups_for(objective: Objective, count: int) -> list[Group]:
+    groups, _ = for_unit(make_groups(count), objective.unit)
+    return with_strangers(groups, max_length=64, seed=0) if "kl" in objective.needs else groups
+
+
+@pytest.fixture
+def grown(start, home, tmp_path):
+    """A policy that has moved away from its reference, so that no term of a loss is zero by chance."""
+
+    def build(section, objective):
+        policy = build_policy(start(), section, agreement="agreement" in objective.needs)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in trainable(policy).items():
+                if "lora_B" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return policy
+
+    return build
+
+
+def one_step(policy, groups, *, section, objective, workers):
+    (report,) = optimise(
+        policy,
+        [groups],
+        objective=objective,
+        optimizer=sgd(policy),
+        section=section,
+        total_steps=20,
+        workers=workers,
+    )
+    return report, {name: p.grad.clone() for name, p in trainable(policy).items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, name):
+    """KTO's KL is that of the whole step, whatever the ranks and micro-batches."""
+    objective = load_objective(name, OPTIONS.get(name, {}))
+    groups = groups_for(objective, 6)
+    common = {"objective": objective}
+    whole, expected = one_step(grown(SECTION, objective), groups, section=SECTION, workers=SingleWorker(), **common)
     small = SECTION.model_copy(update={"micro_batch_tokens": 16})
-    other, _ = run(start, small, groups, steps=[groups[::-1]], **settings)
-    for (name, a), b in zip(trainable(one).items(), trainable(other).values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
+    found = [one_step(grown(small, objective), groups[::-1], section=small, workers=SingleWorker(), **common)]
+    threads, policies = Threads(2), [grown(small, objective) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found += pool.map(
+            lambda rank: one_step(policies[rank], groups, section=small, workers=threads.rank(rank), **common), range(2)
+        )
+    assert math.isfinite(whole.loss)
+    for report, gradients in found:
+        assert report.loss == pytest.approx(whole.loss, rel=1e-5)
+        assert report.kl == (whole.kl if whole.kl is None else pytest.approx(whole.kl, rel=1e-5))
+        assert (report.pairs, report.labels) == (whole.pairs, whole.labels)
+        for parameter, gradient in gradients.items():
+            assert torch.allclose(gradient, expected[parameter], rtol=1e-4, atol=1e-6), parameter
+
+
+def test_the_kl_of_kto_is_measured_on_answers_to_other_prompts_and_they_are_not_trained_on(grown):
+    objective = load_objective("kto", {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0})
+    groups = groups_for(objective, 4)
+    policy = grown(SECTION, objective)
+    divided = [divide(group) for group in groups]
+    with torch.no_grad():
+        own, strangers = (PackedBatch.pack([d[side] for d in divided]) for side in (0, 1))
+        ratios = [policy(batch).logps - adapter_off_logps(policy, batch) for batch in (own, strangers)]
+    gains = 0.5 * (ratios[0][own.responses] - ratios[1].mean().clamp(min=0))
+    expected = torch.where(own.desirable, 1 - gains.sigmoid(), 1 - (-gains).sigmoid())
+    report, _ = one_step(policy, groups, section=SECTION, objective=objective, workers=SingleWorker())
+    assert report.kl == pytest.approx(float(ratios[1].mean()), rel=1e-4)
+    assert report.loss == pytest.approx(float((expected * own.label_weights).sum() / own.label_weights.sum()), rel=1e-5)
+    assert report.labels == len(own.responses)
+    assert report.pairs == 0
+    assert report.reward_accuracy is None
+
+
+def test_imitation_costs_the_likelihood_of_the_good_answers_tokens(start):
+    objective = load_objective("sft", {})
+    groups = groups_for(objective, 3)
+    section = SECTION.model_copy(update={"learning_rate": 2e-2, "warmup_ratio": 0.0})
+    policy, reports = run(start, section, groups, steps=[groups] * 10, objective=objective)
+    assert reports[-1].loss < reports[0].loss
+    weights = torch.tensor([x.weight for g in groups for x in g.labels])
+    tokens = torch.tensor([len(g.responses[x.response]) for g in groups for x in g.labels])
+    nats = -(plain_logps(start().model, groups) * weights).sum() / (tokens * weights).sum()
+    assert reports[0].loss == pytest.approx(float(nats), rel=1e-4)
+    measured = measure(policy, groups, objective=objective, section=section, workers=SingleWorker())
+    assert measured.pairs == []
+    assert len(measured.answers) == reports[0].labels
+
+
+def test_agreement_weighs_by_how_likely_the_policy_gives_the_answers_itself(start):
+    policy = build_policy(start(), SECTION, agreement=True)
+    batch = PackedBatch.pack(make_groups(2))
+    with torch.no_grad():
+        found = policy(batch).agreement
+        rows = []
+        for group in make_groups(2):
+            for response in group.responses:
+                ids = torch.tensor([group.prompt_ids + response])
+                logits = start().model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+                own = logits.gather(1, torch.tensor(response)[:, None])[:, 0]
+                rows.append((own - logits.exp().square().sum(-1).log()).mean())
+    assert torch.allclose(found, torch.stack(rows), atol=1e-4)
 
 
 def test_precomputed_and_adapter_off_references_train_the_same(start):
@@ -257,9 +391,11 @@ def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, 
         margins |= {p.pair_id: float(rewards[p.chosen] - rewards[p.rejected]) for p in group.pairs}
         offset += len(group.responses)
     # Against plain rows of the exported weights and of the base: what is left is noise, and less than rounding made.
-    wrong, left = (sum(abs(row.margin - margins[row.pair_id]) for row in rows) for rows in (before, measures))
+    wrong, left = (
+        sum(abs(row.margin - margins[row.pair_id]) for row in rows) for rows in (before.pairs, measures.pairs)
+    )
     assert left < wrong / 2
-    assert max(abs(m.margin) for m in measures) > 0.08
+    assert max(abs(m.margin) for m in measures.pairs) > 0.08
 
 
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
@@ -276,7 +412,7 @@ def test_two_ranks_measure_the_exported_weights_like_one(start, reference):
                 if "lora_B" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         _, rows = measure_exported(policy, groups, objective=OBJECTIVE, section=section, workers=workers)
-        return rows
+        return rows.pairs
 
     one, shares = measures(0, 1), [measures(rank, 2) for rank in (0, 1)]
     both = sorted([row for share in shares for row in share], key=lambda row: row.pair_id)
@@ -303,7 +439,7 @@ def test_full_fine_tuning_leaves_its_fp32_weights(start):
 def test_held_out_pairs_are_all_measured(start):
     groups = make_groups(5)
     policy = build_policy(start(), SECTION)
-    rows = measure(policy, groups, objective=OBJECTIVE, section=SECTION, workers=SingleWorker())
+    rows = measure(policy, groups, objective=OBJECTIVE, section=SECTION, workers=SingleWorker()).pairs
     assert sorted(r.pair_id for r in rows) == sorted(p.pair_id for g in groups for p in g.pairs)
     assert all(r.margin == 0 for r in rows)
 

@@ -1,77 +1,202 @@
-"""DPO against hand-derived numbers and properties."""
+"""Objectives: golden values, properties, and that no sign in them can change unnoticed."""
 
+import ast
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.training.objectives import dpo
+from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, parse_recipe
+from app.errors import RecipeError
+from app.training import certify, objectives
+from app.training.objectives import Losses, Scored, load_objective
 
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([2, 3])
-TOKENS = 3.0
 COUNTS = torch.tensor([5, 1, 2, 4])
 POLICY = torch.tensor([-2.8, -2.1, -4.4, -3.0], dtype=torch.float64)
 REFERENCE = torch.tensor([-3.2, -2.2, -3.7, -2.8], dtype=torch.float64)
 LOGPS = st.lists(st.floats(-500, 0), min_size=4, max_size=4).map(lambda x: torch.tensor(x, dtype=torch.float64))
+UNPAIRED = ("kto", "apo_zero_unpaired")
+PAIRED = [name for name in OBJECTIVE_OPTIONS if name not in ("sft", *UNPAIRED)]
 
 
-def mean_loss(**options) -> float:
-    return dpo(POLICY, REFERENCE, CHOSEN, REJECTED, COUNTS, TOKENS, **options).losses.mean().item()
+def scored(policy=POLICY, reference=REFERENCE, **changes) -> Scored:
+    given = {
+        "policy_logps": policy,
+        "reference_logps": reference,
+        "token_counts": COUNTS,
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+        "responses": torch.arange(4),
+        "desirable": torch.tensor([True, True, False, False]),
+        "mean_tokens": 3.0,
+        "agreement": torch.tensor([-0.1, -0.4, -0.3, -0.2], dtype=torch.float64),
+        "kl": torch.tensor(0.075, dtype=torch.float64),
+    }
+    return Scored(**{**given, **changes})
+
+
+def shipped(name: str, **options):
+    if name in UNPAIRED:
+        options = {"desirable_weight": 1.0, "undesirable_weight": 1.0, **options}
+    section = parse_recipe({"name": "x", "train": {"objective": name, "options": options}}, place="x").train
+    return load_objective(section.objective, section.options)
+
+
+def test_every_golden_case_holds_and_every_objective_has_one():
+    verdicts = certify.certify()
+    assert [v.line() for v in verdicts if not v.passed] == []
+    assert {v.objective for v in verdicts} == set(OBJECTIVE_OPTIONS)
+
+
+def signs(name: str) -> int:
+    tree = ast.parse(inspect.getsource(getattr(objectives, name)))
+    return sum(map(is_sign, ast.walk(tree)))
+
+
+def is_sign(node: ast.AST) -> bool:
+    return (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)) or (
+        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+    )
+
+
+def with_sign_changed(name: str, number: int):
+    tree = ast.parse(inspect.getsource(getattr(objectives, name)))
+    node = [n for n in ast.walk(tree) if is_sign(n)][number]
+    if isinstance(node, ast.UnaryOp):
+        node.op = ast.UAdd()
+    else:
+        node.op = ast.Add() if isinstance(node.op, ast.Sub) else ast.Sub()
+    scope = dict(vars(objectives))
+    exec(compile(ast.fix_missing_locations(tree), f"{name} with sign {number} changed", "exec"), scope)
+    return scope[name]
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"beta": 0.1}, 0.6589592975),
-        ({"beta": 0.5}, 0.5382247646),
-        ({"beta": 0.1, "label_smoothing": 0.1}, 0.6659592974819357),
-        # 0.2 times the chosen answers' 4.9 nats over their 6 tokens.
-        ({"beta": 0.1, "sft_weight": 0.2}, 0.8222926308),
-        # 0.05 for 3 tokens more and for 3 tokens less: margins 0.11 + 0.15 and 0.03 - 0.15.
-        ({"beta": 0.1, "length_weight": 0.05}, (math.log1p(math.exp(-0.26)) + math.log1p(math.exp(0.12))) / 2),
-    ],
+    ("name", "number"),
+    [(n, i) for n in (*OBJECTIVE_OPTIONS, "_log_odds") for i in range(signs(n))],
 )
-def test_losses_are_those_of_trl_1_16_and_of_the_closed_form(options, expected):
-    """Margins are (0.4 + 0.7) and (0.1 + 0.2) nats; -log sigmoid of beta times them, averaged."""
-    assert mean_loss(**options) == pytest.approx(expected, rel=1e-9)
+def test_certify_notices_a_changed_sign(name, number, monkeypatch):
+    monkeypatch.setattr(objectives, name, with_sign_changed(name, number))
+    assert not all(verdict.passed for verdict in certify.certify())
 
 
-def test_equal_models_cost_ln_2_per_pair_and_push_by_half_of_beta():
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_the_options_of_a_recipe_are_those_of_the_function_with_its_defaults(name):
+    parameters = inspect.signature(getattr(objectives, name)).parameters.values()
+    taken = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    found = OBJECTIVE_OPTIONS[name]().model_dump(by_alias=False)
+    if "desirable_weight" in taken:  # no default: a recipe may leave them to the data
+        taken |= {"desirable_weight": None, "undesirable_weight": None}
+    assert found == taken
+    assert (name in REFERENCE_FREE) == (not load_objective(name, {}).has_reference)
+
+
+@pytest.mark.parametrize("name", ["dpo", "robust", "dpo_norm", "dpop"])
+def test_equal_models_cost_ln_2_per_pair(name):
+    losses = shipped(name)(scored(POLICY, POLICY)).losses
+    assert torch.allclose(losses, torch.full((2,), math.log(2), dtype=torch.float64))
+
+
+def test_dpo_pushes_equal_models_by_half_of_beta():
     policy = POLICY.clone().requires_grad_()
-    result = dpo(policy, POLICY, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.3)
-    result.losses.sum().backward()
-    assert torch.allclose(result.losses, torch.full((2,), math.log(2), dtype=torch.float64))
+    shipped("dpo", beta=0.3)(scored(policy, POLICY)).losses.sum().backward()
     assert torch.allclose(policy.grad, torch.tensor([-0.15, -0.15, 0.15, 0.15], dtype=torch.float64))
 
 
 @given(policy=LOGPS, reference=LOGPS, shift=st.floats(-50, 50))
-def test_a_shift_of_all_policy_scores_changes_nothing(policy, reference, shift):
-    before = dpo(policy, reference, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.1).losses
-    after = dpo(policy + shift, reference, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.1).losses
+def test_a_shift_of_all_policy_scores_changes_no_dpo_loss(policy, reference, shift):
+    before = shipped("dpo")(scored(policy, reference)).losses
+    after = shipped("dpo")(scored(policy + shift, reference)).losses
     assert torch.allclose(before, after, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", PAIRED)
 @given(policy=LOGPS, reference=LOGPS)
-def test_swapping_a_pair_negates_its_margin(policy, reference):
-    one = dpo(policy, reference, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.1)
-    other = dpo(policy, reference, REJECTED, CHOSEN, COUNTS, TOKENS, beta=0.1)
-    assert torch.equal(one.chosen_rewards - one.rejected_rewards, -(other.chosen_rewards - other.rejected_rewards))
+def test_rewards_do_not_depend_on_which_answer_was_chosen(name, policy, reference):
+    one = shipped(name)(scored(policy, reference))
+    other = shipped(name)(scored(policy, reference, chosen=REJECTED, rejected=CHOSEN))
+    assert torch.equal(one.rewards, other.rewards)
 
 
-def test_the_gradient_passes_a_finite_difference_check():
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_a_likelier_chosen_and_a_less_likely_rejected_answer_never_cost_more(name):
+    """At a start where nothing is saturated; APO-down wants both to fall, so only its margin counts."""
+    policy = (REFERENCE - 0.01).clone().requires_grad_()
+    shipped(name)(scored(policy, REFERENCE)).losses.sum().backward()
+    chosen, rejected = policy.grad[CHOSEN], policy.grad[REJECTED]
+    if name == "apo_down":
+        assert (chosen < rejected).all()
+    elif name == "sft":
+        assert (policy.grad < 0).all()
+    else:
+        assert (chosen < 0).all()
+        assert (rejected > 0).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_gradients_pass_a_finite_difference_check(name):
+    options = {"dpo": {"beta": 0.7, "label_smoothing": 0.2, "sft_weight": 0.3, "length_weight": 0.05, "wpo": True}}
+    objective = shipped(name, **options.get(name, {}))
     policy = POLICY.clone().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda p: dpo(p, REFERENCE, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.7, label_smoothing=0.2).losses, (policy,)
-    )
+    assert torch.autograd.gradcheck(lambda p: objective(scored(p)).losses, (policy,))
 
 
 def test_with_a_length_weight_a_longer_chosen_answer_is_pushed_less_than_a_shorter_one():
     policy = POLICY.clone().requires_grad_()
-    result = dpo(policy, POLICY, CHOSEN, REJECTED, COUNTS, TOKENS, beta=0.1, length_weight=0.1)
+    result = shipped("dpo", length_weight=0.1)(scored(policy, POLICY))
     result.losses.sum().backward()
     longer, shorter = policy.grad[CHOSEN].abs().tolist()
     assert longer == pytest.approx(0.1 / (1 + math.exp(0.3)))
     assert shorter == pytest.approx(0.1 / (1 + math.exp(-0.3)))
-    assert result.chosen_rewards.tolist() == [0.0, 0.0]
+    assert result.rewards.tolist() == [0.0] * 4
+
+
+def test_orpo_is_finite_for_an_answer_that_is_certain():
+    policy = torch.tensor([0.0, -2.1, -4.4, 0.0], requires_grad=True)
+    losses = shipped("orpo")(scored(policy, None)).losses
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert policy.grad.isfinite().all()
+
+
+def own(policy_logps, chosen, rejected, *, pull: float = 1.0) -> Losses:
+    return Losses(pull * (policy_logps[rejected] - policy_logps[chosen]), policy_logps.detach())
+
+
+def strange(policy_logps, chosen, rejected, temperature) -> Losses:
+    raise NotImplementedError
+
+
+def half(policy_logps, chosen) -> Losses:
+    raise NotImplementedError
+
+
+def test_a_function_of_ones_own_gets_what_it_asks_for():
+    objective = load_objective(f"{__name__}:own", {"pull": 2.0})
+    assert (objective.unit, objective.has_reference) == ("pairs", False)
+    assert torch.allclose(objective(scored()).losses, torch.tensor([-3.2, -1.8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("app.nowhere:f", {}, "no objective `app.nowhere:f`: No module named 'app.nowhere'"),
+        (f"{__name__}:nothing", {}, "has no attribute 'nothing'"),
+        (f"{__name__}:own", {"pul": 1}, "has no option `pul`\n\nHint: its options are pull."),
+        (f"{__name__}:strange", {}, "asks for `temperature`\n\nHint: it can have policy_logps"),
+        (f"{__name__}:half", {}, "must ask for `chosen` and `rejected`, or for `responses`"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_refused_with_the_reason(name, options, message):
+    with pytest.raises(RecipeError) as refused:
+        load_objective(name, options)
+    assert message in str(refused.value)
+
+
+def test_the_golden_table_is_part_of_the_package():
+    assert certify.GOLDEN.parent == Path(certify.__file__).parent

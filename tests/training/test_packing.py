@@ -6,7 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from app.errors import DataError, ModelError
 from app.training import scoring
@@ -27,10 +42,19 @@ SIZES = {
 
 def tiny_model(kind: str = "llama"):
     torch.manual_seed(0)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
     models = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+        "gemma2": lambda: Gemma2ForCausalLM(
+            Gemma2Config(
+                **SIZES, **layers, query_pre_attn_scalar=8, attn_logit_softcapping=0.02, final_logit_softcapping=0.05
+            )
+        ),
+        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **layers, query_pre_attn_scalar=8)),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, sliding_window=5)),
     }
     model = models[kind]().double().eval()
     for module in model.modules():
@@ -41,7 +65,16 @@ def tiny_model(kind: str = "llama"):
 
 
 def exact_norm(module, hidden):
-    return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    gemma = hasattr(module, "eps")
+    epsilon, weight = (module.eps, 1 + module.weight) if gemma else (module.variance_epsilon, module.weight)
+    return weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+@pytest.fixture(autouse=True)
+def exact_softmax(monkeypatch):
+    """The library's capped attention rounds its weights to fp32, which would hide an error below 1e-7."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 def group(name: str, prompt: int, responses: tuple[int, ...], seed: int = 0) -> Group:
@@ -54,7 +87,7 @@ def group(name: str, prompt: int, responses: tuple[int, ...], seed: int = 0) -> 
 GROUPS = [group("a", 7, (5, 3)), group("b", 1, (1, 9, 4)), group("c", 12, (6,))]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3"])
 def test_packed_scores_and_gradients_equal_plain_rows_in_fp64(kind):
     model = tiny_model(kind)
     weights = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -137,6 +170,10 @@ def test_a_micro_batch_exceeds_its_budget_only_for_a_single_group(sizes, budget)
         assert batch.input_ids.shape[1] <= budget or len(batch.segments) == 1
 
 
+def target_logps(logits, targets):
+    return scoring._token_scores(torch.nn.Identity(), logits, targets, None, False)[0]
+
+
 def test_a_likely_tokens_gradient_survives_bf16():
     torch.manual_seed(0)
     logits = torch.randn(40, 97) * 4
@@ -144,7 +181,7 @@ def test_a_likely_tokens_gradient_survives_bf16():
     logits[range(40), targets] += torch.linspace(0, 8, 40)
     half = logits.bfloat16().requires_grad_()
     wide = half.detach().double().requires_grad_()
-    (found,) = torch.autograd.grad(scoring._target_logps(torch.nn.Identity(), half, targets).sum(), half)
+    (found,) = torch.autograd.grad(target_logps(half, targets).sum(), half)
     (expected,) = torch.autograd.grad(wide.log_softmax(-1).gather(1, targets[:, None]).sum(), wide)
     assert torch.allclose(
         found.gather(1, targets[:, None]).double(), expected.gather(1, targets[:, None]), rtol=1e-2, atol=1e-5
@@ -158,7 +195,7 @@ def test_target_logps_are_those_of_a_log_softmax_with_its_gradient(dtype):
     targets, weights = torch.randint(97, (70,)), torch.randn(70).double()
     wide = torch.promote_types(dtype, torch.float32)
     plain = logits.to(wide).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    ours = scoring._target_logps(torch.nn.Identity(), logits, targets)
+    ours = target_logps(logits, targets)
     assert ours.dtype == wide
     assert torch.allclose(ours, plain, rtol=1e-6)
     (expected,) = torch.autograd.grad((plain * weights.to(wide)).sum(), logits)
