@@ -33,7 +33,7 @@ from app.training.batch import PackedBatch
 from app.training.judgements import for_unit, with_strangers
 from app.training.objectives import load_objective
 from app.training.policy import autocast
-from app.training.scoring import ScoringModel, with_reference_logps
+from app.training.scoring import ScoringModel, unpackable, with_reference_logps
 from app.training.snapshots import (
     Binding,
     from_row,
@@ -83,6 +83,9 @@ def prepare(
     if window is not None and recipe.prepare.max_length > window:
         msg = f"prepare.max_length = {recipe.prepare.max_length} exceeds the context of `{start.model_id}`, {window} tokens\n\nHint: lower prepare.max_length to {window}."
         raise DataError(msg)
+    reason = unpackable(loaded.model)
+    if reason is not None and console is not None:
+        console.print(f"responses share no prompt, each is a row of its own: {reason}", highlight=False, markup=False)
     pairs = read_pairs(home, pair_snapshot_id)
     groups, audit = encode_groups(
         pairs,

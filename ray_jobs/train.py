@@ -212,7 +212,8 @@ def _note(metrics: dict[str, Any]) -> str:
     known = [] if accuracy is None else [f"reward accuracy {accuracy:.0%}"]
     unit = "pairs" if metrics["pairs"] else "answers"
     speed = f"{(metrics['pairs'] or metrics['labels']) / metrics['seconds']:.1f} {unit}/s"
-    return ", ".join([f"loss {metrics['loss']:.3f}", *known, speed])
+    loss = "not finite, no update" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
+    return ", ".join([loss, *known, speed])
 
 
 def _check_snapshot(

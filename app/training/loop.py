@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
 import torch
@@ -37,6 +37,12 @@ rows 0.08, the SFT model against the first champion 1.3, stock attention on the 
 
 
 Row = TypeVar("Row")
+
+
+_MAX_FAILURES = 3
+
+_GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+"""Norm of the difference of two gradients, as a share of the norm."""
 
 
 class Workers(Protocol):
@@ -70,12 +76,12 @@ class SingleWorker:
 class StepReport:
     """Means over the judgements of one optimizer step, over all ranks; log-probabilities and rewards are in nats.
 
-    Chosen are the chosen answers of pairs and the liked ones of labels. What a step does not have is None.
+    Chosen are the chosen answers of pairs and the liked ones of labels. What a step does not have, or what is not finite, is None.
     """
 
     step: int
     """Number of steps done, this one included."""
-    loss: float
+    loss: float | None
     reward_chosen: float | None
     reward_rejected: float | None
     reward_margin: float | None
@@ -86,12 +92,14 @@ class StepReport:
     logp_rejected: float | None
     kl: float | None
     """KTO's estimate of KL(policy, reference), before it is clamped to 0."""
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     pairs: int
     labels: int
     tokens: int
     seconds: float
+    skipped: tuple[str, ...] = ()
+    """Ids of the rows that were not finite, where the step made no update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +179,14 @@ def optimise(
         done_steps: steps done before a resume.
         workers: the ranks.
 
+    A step whose loss or gradient norm is not finite on any rank makes no update; its report names the rows.
+
     Raises:
-        TrainingError: the loss or the gradient norm is not finite; the weights are those of the step before.
+        TrainingError: three steps in a row were not finite; the weights are those before them.
     """
     parameters = list(trainable(policy).values())
     device = parameters[0].device
+    failures = 0
     for step, groups in enumerate(steps, start=done_steps):
         began = time.perf_counter()
         policy.train()
@@ -184,12 +195,14 @@ def optimise(
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
         kl = _kl(policy, strangers, section=section, workers=workers) if "kl" in objective.needs else None
         sums = _Sums(device)
+        odd: list[str] = []
         for batch in micro_batches(own, section.micro_batch_tokens):
             batch = batch.to(device)
             result, logps = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
             loss.backward()
             sums.add(batch, objective.unit, result, logps.detach(), float(loss.detach()))
+            odd += itertools.compress(_ids(batch, objective), (~result.losses.isfinite()).tolist())
         _sum_gradients(parameters, workers)
         workers.sum_(sums.values)
         norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
@@ -203,10 +216,16 @@ def optimise(
             ),
             seconds=time.perf_counter() - began,
         )
-        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            ids = [judged.pair_id for group in groups for judged in group.judgements]
-            msg = f"step {step + 1}: loss {report.loss}, gradient norm {report.grad_norm}; no update was made. Pairs of the step: {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}\n\nHint: lower train.learning_rate, or look at these pairs."
-            raise TrainingError(msg)
+        if report.loss is None or report.grad_norm is None:
+            # Sums and norm are the same on every rank, so all of them come here.
+            rows = workers.gather(odd) or [judged.pair_id for group in groups for judged in group.judgements]
+            failures += 1
+            if failures == _MAX_FAILURES:
+                msg = f"{failures} steps in a row, up to step {step + 1}, had a loss or a gradient that is not finite; no update was made. Rows of the last: {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}\n\nHint: lower train.learning_rate, or look at these rows."
+                raise TrainingError(msg)
+            yield replace(report, skipped=tuple(rows))
+            continue
+        failures = 0
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = report.learning_rate
         optimizer.step()
@@ -320,23 +339,34 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
 
 
 def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
-    """Compare packed scores with plain rows on a few groups and return how far they are apart, see `_noise`.
+    """Compare packed scores and their gradients with plain rows on a few groups and return how far the scores are apart.
+
+    The gradient is that of the log-probabilities with alternating signs, as a preference has them; see `_noise`.
 
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.
     """
-    device = next(policy.parameters()).device
-    tolerance = _NOISE_TOLERANCE[section.dtype]
+    parameters = list(trainable(policy).values())
+    device = parameters[0].device
     policy.train(mode=False)
     batch = PackedBatch.pack(groups).to(device)
-    with torch.no_grad(), autocast(device, section.dtype):
+    signs = 1.0 - 2.0 * (torch.arange(batch.num_responses, device=device) % 2)
+    with autocast(device, section.dtype):
         packed: Tensor = policy(batch).logps
         plain = plain_logps(policy.model, groups)
-    apart = _noise(packed, plain, batch)
-    if not apart <= tolerance:
-        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {tolerance}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
+    packed_gradient, plain_gradient = (_flat_gradient((logps * signs).sum(), parameters) for logps in (packed, plain))
+    apart = _noise(packed.detach(), plain.detach(), batch)
+    turned = float((packed_gradient - plain_gradient).norm() / plain_gradient.norm().clamp(min=1e-12))
+    allowed, allowed_turn = _NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
+    if not (apart <= allowed and turned <= allowed_turn):
+        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
         raise TrainingError(msg)
     return apart
+
+
+def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1).float() for g in gradients])
 
 
 def _noise(found: Tensor, expected: Tensor, batch: PackedBatch) -> float:
@@ -364,6 +394,14 @@ class _Totals:
                 weight += share
                 tokens += share * len(group.responses[response])
         return cls(weight or 1.0, tokens / weight if weight else 1.0)
+
+
+def _ids(batch: PackedBatch, objective: Objective) -> tuple[str, ...]:
+    return batch.pair_ids if objective.unit == "pairs" else batch.label_ids
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _weights(batch: PackedBatch, objective: Objective) -> Tensor:
@@ -495,12 +533,12 @@ class _Sums:
         total = dict(zip(self._NAMES, self.values.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float | None:
-            return total[name] / total[count] if total[count] else None
+            return _finite(total[name] / total[count]) if total[count] else None
 
         chosen, rejected = mean("chosen", "good"), mean("rejected", "bad")
         return StepReport(
             step=step,
-            loss=total["loss"],
+            loss=_finite(total["loss"]),
             reward_chosen=chosen,
             reward_rejected=rejected,
             reward_margin=None if chosen is None or rejected is None else chosen - rejected,
@@ -509,7 +547,7 @@ class _Sums:
             logp_chosen=mean("logp_chosen", "good"),
             logp_rejected=mean("logp_rejected", "bad"),
             kl=kl,
-            grad_norm=grad_norm,
+            grad_norm=_finite(grad_norm),
             learning_rate=learning_rate,
             pairs=int(total["pairs"]),
             labels=int(total["labels"]),

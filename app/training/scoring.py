@@ -5,6 +5,7 @@ predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` 
 through the model's own attention, as any other library would do it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from app.errors import ModelError
 from app.training import attention
 from app.training.batch import PackedBatch, token_bins
 from app.training.tokenization import Group
 
 _HEAD_CHUNK = 2048
+_DROPOUTS = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")
 _HEAD_DROPOUTS = ("classifier", "summary", "scheduled")
-_RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
+_STATEFUL = re.compile(r"Mamba|SSM|DeltaNet|LinearAttention|Rwkv|RecurrentBlock|Rglru|ShortConv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class ResponseScores:
 class ScoringModel(nn.Module):
     """Scores the responses of packed batches with a causal language model (which may carry adapters).
 
+    A model that cannot be packed exactly is run on plain rows instead, one for each response; `plain_because` says why.
+
     Args:
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
@@ -46,22 +49,20 @@ class ScoringModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, *, agreement: bool = False) -> None:
         super().__init__()
         self.agreement = agreement
-        check_packable(model)
-        attention.register()
-        model.set_attn_implementation(attention.ATTENTION_NAME)
+        self.plain_because = unpackable(model)
+        if self.plain_because is None:
+            attention.register()
+            model.set_attn_implementation(attention.ATTENTION_NAME)
+        else:
+            model.set_attn_implementation(_own_attention(model))
         model.config.use_cache = False
         self.model = model
 
     def forward(self, batch: PackedBatch) -> ResponseScores:
         """Return the scores of `batch`; every rank issues the same collectives for one call."""
         causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden: Tensor = causal.get_decoder()(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            segments=batch.segments,
-        ).last_hidden_state[0]
-        rows = hidden[batch.predictor_rows]
+        decoder = causal.get_decoder()
+        rows = _packed_rows(decoder, batch) if self.plain_because is None else _plain_rows(decoder, batch)
         head = causal.get_output_embeddings()
         cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
         parts = []
@@ -107,9 +108,7 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
     """
     device = next(model.parameters()).device
     previous = model.config._attn_implementation
-    # transformers' own `sdpa` knows no cap on attention scores and would leave it out.
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation("eager" if capped else "sdpa")
+    model.set_attn_implementation(_own_attention(model))
     sums = []
     try:
         for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
@@ -121,23 +120,46 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
     return torch.stack(sums)
 
 
-def check_packable(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model whose layers cannot be packed exactly; raises ModelError with the layer and the reason."""
+def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
+    """Return why responses of this model must be scored in rows of their own, or None where they can share a prompt."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    recurrent = sorted(kinds & _RECURRENT_LAYERS)
-    if recurrent:
-        msg = f"`{config.model_type}` has {recurrent[0]} layers, whose state would run from one response into the next"
-        raise ModelError(msg)
+    for module in model.modules():
+        kind = type(module).__name__
+        if _STATEFUL.search(kind) or isinstance(module, nn.Conv1d):
+            return f"`{config.model_type}` has layers ({kind}) whose state would run from one response into the next"
     for name, value in config.to_dict().items():
         # `classifier_dropout` and the like belong to heads that a causal language model does not have.
-        if name.startswith(_HEAD_DROPOUTS) or not name.endswith(
-            ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")
-        ):
-            continue
-        if value:
-            msg = f"`{config.model_type}` has {name} = {value}; scores with dropout are not exact\n\nHint: set it to 0 in config.json."
-            raise ModelError(msg)
+        if value and name.endswith(_DROPOUTS) and not name.startswith(_HEAD_DROPOUTS):
+            return f"`{config.model_type}` has {name} = {value}, which the packed attention does not compute"
+    return None
+
+
+def _own_attention(model: PreTrainedModel | PeftModel) -> str:
+    # Gemma 2 has no `sdpa`, which knows no cap on attention scores; neither have models without attention.
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _packed_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
+    """Return [R, D]: the hidden state that predicts each response token."""
+    hidden: Tensor = decoder(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+    ).last_hidden_state[0]
+    return hidden[batch.predictor_rows]
+
+
+def _plain_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
+    """Return the same, with a forward for each response."""
+    rows = []
+    for segment in batch.segments:
+        begin = prompt_end = segment.start + segment.prompt_length
+        for length in segment.response_lengths:
+            ids = torch.cat(
+                [batch.input_ids[:, segment.start : prompt_end], batch.input_ids[:, begin : begin + length]], dim=1
+            )
+            hidden: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+            rows.append(hidden[segment.prompt_length - 1 : -1])
+            begin += length
+    return torch.cat(rows)
 
 
 def _token_scores(head: nn.Module, rows: Tensor, targets: Tensor, cap: float | None, agreement: bool) -> Tensor:  # noqa: FBT001

@@ -12,6 +12,7 @@ import torch
 from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
 from app.models import Lineage, load_model, register_folder
+from app.training import scoring
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
 from app.training.judgements import divide, for_unit, with_strangers
@@ -299,24 +300,44 @@ def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
         load_newest(home, replace(identity, snapshot_id="other"), policy, optimizer)
 
 
-def test_a_non_finite_loss_makes_no_update_and_names_the_pairs(start):
-    groups = [replace(g, reference_logps=(math.nan,) * len(g.responses)) for g in make_groups(2)]
+def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_end_the_run(start):
+    groups = [replace(g, reference_logps=(-5.0,) * len(g.responses)) for g in make_groups(4)]
+    bad = replace(groups[1], reference_logps=(math.nan,) * len(groups[1].responses))
     section = SECTION.model_copy(update={"reference": "precomputed"})
     policy = build_policy(start(), section)
+    common = {"objective": OBJECTIVE, "optimizer": make_optimizer(policy, section), "section": section}
+    common |= {"total_steps": 9, "workers": SingleWorker()}
     before = {n: p.detach().clone() for n, p in trainable(policy).items()}
-    with pytest.raises(TrainingError, match=r"step 1: loss nan.*Pairs of the step: 0-1"):
-        list(
-            optimise(
-                policy,
-                [groups],
-                objective=OBJECTIVE,
-                optimizer=make_optimizer(policy, section),
-                section=section,
-                total_steps=1,
-                workers=SingleWorker(),
+    with_bad = [groups[0], bad]
+    reports = optimise(policy, [with_bad, groups, with_bad, with_bad, with_bad], **common)
+    skipped = next(reports)
+    assert (skipped.loss, skipped.grad_norm) == (None, None)
+    assert skipped.skipped == tuple(p.pair_id for p in bad.pairs)
+    assert all(torch.equal(before[n], p) for n, p in trainable(policy).items())
+    assert next(reports).skipped == ()
+    after = {n: p.detach().clone() for n, p in trainable(policy).items()}
+    assert any(not torch.equal(before[n], after[n]) for n in after)
+    assert [next(reports).step for _ in range(2)] == [3, 4]
+    with pytest.raises(TrainingError, match=r"3 steps in a row, up to step 5, .* no update was made. Rows of the last: 1-1"):
+        next(reports)
+    assert all(torch.equal(after[n], p) for n, p in trainable(policy).items())
+
+
+def test_a_row_that_is_not_finite_on_one_rank_stops_the_update_of_all(start):
+    groups = [replace(g, reference_logps=(-5.0,) * len(g.responses)) for g in make_groups(4)]
+    groups[1] = replace(groups[1], reference_logps=(math.inf,) * len(groups[1].responses))
+    section = SECTION.model_copy(update={"reference": "precomputed"})
+    policies, threads = [build_policy(start(), section) for _ in range(2)], Threads(2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(
+                lambda rank: one_step(
+                    policies[rank], groups, section=section, objective=OBJECTIVE, workers=threads.rank(rank)
+                )[0].skipped,
+                range(2),
             )
         )
-    assert all(torch.equal(before[n], p) for n, p in trainable(policy).items())
+    assert found == [tuple(p.pair_id for p in groups[1].pairs)] * 2
 
 
 def test_reference_scores_of_another_model_are_refused_before_the_first_step(start):
@@ -338,6 +359,13 @@ def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, 
     policy.model.set_attn_implementation("sdpa")  # sees the other rows of the pack
     with pytest.raises(TrainingError, match="packed rows and plain rows of this model differ"):
         check_packing(policy, make_groups(4), section=section)
+
+
+def test_right_scores_with_wrong_gradients_are_refused_too(start, monkeypatch):
+    backward = scoring._TargetLogps.backward
+    monkeypatch.setattr(scoring._TargetLogps, "backward", staticmethod(lambda ctx, g: backward(ctx, 2 * g)))
+    with pytest.raises(TrainingError, match=r"differ by 0\.0000 nats .* and by 100\.\d\d% of their gradient"):
+        check_packing(build_policy(start(), SECTION), make_groups(4), section=SECTION)
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):

@@ -8,6 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     Gemma2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -23,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from app.errors import DataError, ModelError
+from app.errors import DataError
 from app.training import scoring
 from app.training.batch import PackedBatch, micro_batches, rank_share, step_groups
 from app.training.scoring import ScoringModel, plain_logps
@@ -132,15 +136,46 @@ def test_an_empty_response_is_refused_by_name():
         PackedBatch.pack([Group("empty", "c", "train", (1,), ((),))])
 
 
-def test_dropout_is_refused_by_name():
+def test_a_model_with_dropout_runs_on_plain_rows_and_says_why():
     for name in ("attention_dropout", "resid_pdrop", "embed_dropout", "dropout", "hidden_dropout_prob"):
         model = tiny_model()
         setattr(model.config, name, 0.1)
-        with pytest.raises(ModelError, match=f"has {name} = 0.1"):
-            ScoringModel(model)
+        assert f"has {name} = 0.1" in ScoringModel(model).plain_because
     model = tiny_model()
     model.config.classifier_dropout = 0.1  # of a head that it does not have
-    ScoringModel(model)
+    assert ScoringModel(model).plain_because is None
+
+
+def recurrent_model(kind: str):
+    torch.manual_seed(0)
+    if kind == "mamba":
+        return MambaForCausalLM(
+            MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4, use_mambapy=False)
+        ).double().eval()
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    config = Qwen3NextConfig(
+        **SIZES, **linear, num_experts=0, mlp_only_layers=[0, 1], layer_types=["linear_attention", "full_attention"]
+    )
+    return Qwen3NextForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "qwen3_next"])
+def test_layers_with_a_state_run_on_plain_rows_with_the_right_numbers(kind):
+    model = recurrent_model(kind)
+    plain = plain_logps(model, GROUPS)
+    scorer = ScoringModel(model)
+    assert f"`{kind}` has layers" in scorer.plain_because
+    weights = torch.linspace(-1, 1, 6, dtype=plain.dtype)
+    (plain * weights).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = scorer(PackedBatch.pack(GROUPS)).logps.to(plain.dtype)
+    (found * weights).sum().backward()
+    noise = 1e-10 if plain.dtype == torch.float64 else 1e-5  # Mamba's own head rounds to fp32
+    assert torch.allclose(found, plain, atol=noise, rtol=0)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-6, atol=noise), name
 
 
 GROUP_SIZES = st.lists(
