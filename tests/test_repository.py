@@ -56,6 +56,7 @@ def test_the_help_lists_every_step_of_the_loop():
         "build-pairs",
         "prepare",
         "train",
+        "certify",
         "evaluate",
         "ship",
         "rollback",

@@ -75,8 +75,11 @@ def _judge(case: Any, index: int) -> Verdict:
         return Verdict(name, objective, math.nan, None, False, source, "`expected` is no number")
     try:
         found, tolerance = _mean_loss(case), float(case.get("tolerance", 1e-5))
-    except (PrefloopError, ValueError, KeyError, TypeError, IndexError) as error:
-        return Verdict(name, objective, expected, None, False, source, str(error).splitlines()[0] or repr(error))
+    except KeyError as error:
+        return Verdict(name, objective, expected, None, False, source, f"the case has no {error}")
+    except (PrefloopError, ValueError, TypeError) as error:
+        told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        return Verdict(name, objective, expected, None, False, source, told or repr(error))
     return Verdict(name, objective, expected, found, math.isclose(found, expected, rel_tol=tolerance), source)
 
 
@@ -155,7 +158,7 @@ class _Rows:
 
 
 def _agreement(case: dict[str, Any], policy: _Rows) -> Tensor | None:
-    if "log_sum_sq" not in case:
+    if case.get("log_sum_sq") is None:
         return None
     squares = _Rows.read(case["log_sum_sq"], "log_sum_sq")
     if squares.counts.tolist() != policy.counts.tolist():
@@ -165,7 +168,7 @@ def _agreement(case: dict[str, Any], policy: _Rows) -> Tensor | None:
 
 
 def _kl(case: dict[str, Any]) -> Tensor | None:
-    if "kl" not in case:
+    if case.get("kl") is None:
         return None
     policy, reference = (torch.tensor(case["kl"][side], dtype=torch.float64) for side in ("policy", "reference"))
     return (policy - reference).mean()

@@ -318,7 +318,9 @@ def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_
     after = {n: p.detach().clone() for n, p in trainable(policy).items()}
     assert any(not torch.equal(before[n], after[n]) for n in after)
     assert [next(reports).step for _ in range(2)] == [3, 4]
-    with pytest.raises(TrainingError, match=r"3 steps in a row, up to step 5, .* no update was made. Rows of the last: 1-1"):
+    with pytest.raises(
+        TrainingError, match=r"3 steps in a row, up to step 5, .* no update was made. Rows of the last: 1-1"
+    ):
         next(reports)
     assert all(torch.equal(after[n], p) for n, p in trainable(policy).items())
 
@@ -331,9 +333,11 @@ def test_a_row_that_is_not_finite_on_one_rank_stops_the_update_of_all(start):
     with ThreadPoolExecutor(2) as pool:
         found = list(
             pool.map(
-                lambda rank: one_step(
-                    policies[rank], groups, section=section, objective=OBJECTIVE, workers=threads.rank(rank)
-                )[0].skipped,
+                lambda rank: (
+                    one_step(policies[rank], groups, section=section, objective=OBJECTIVE, workers=threads.rank(rank))[
+                        0
+                    ].skipped
+                ),
                 range(2),
             )
         )

@@ -8,15 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     Gemma2Config,
-    MambaConfig,
-    MambaForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -25,6 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from app.errors import DataError
@@ -149,10 +149,19 @@ def test_a_model_with_dropout_runs_on_plain_rows_and_says_why():
 def recurrent_model(kind: str):
     torch.manual_seed(0)
     if kind == "mamba":
-        return MambaForCausalLM(
-            MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4, use_mambapy=False)
-        ).double().eval()
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        return (
+            MambaForCausalLM(
+                MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4, use_mambapy=False)
+            )
+            .double()
+            .eval()
+        )
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     config = Qwen3NextConfig(
         **SIZES, **linear, num_experts=0, mlp_only_layers=[0, 1], layer_types=["linear_attention", "full_attention"]
     )
