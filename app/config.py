@@ -219,6 +219,7 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, description="Seed of adapters, order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     held_out_every: int | None = Field(None, ge=1, description="Steps between held-out measurements; last step always.")
+    canary_every: int | None = Field(None, ge=1, description="Steps between greedy answers to a few held-out prompts.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
 
     @field_validator("objective")

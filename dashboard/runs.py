@@ -112,6 +112,10 @@ _NEWEST = (
     ("loss", "loss"),
     ("reward_accuracy", "reward accuracy"),
     ("reward_margin", "margin"),
+    ("chosen_fell", "chosen fell"),
+    ("kl", "KL"),
+    ("canary_finished", "canaries finished"),
+    ("canary_repetition", "canary repetition"),
     ("grad_norm", "gradient norm"),
     ("learning_rate", "learning rate"),
     ("pairs", "pairs a step"),
@@ -124,7 +128,7 @@ def _charts(curves: list[dict[str, Any]]) -> None:
     bottom = st.columns(2, gap="small")
     with top[0]:
         st.caption(
-            "Loss (a pair costs ln 2 = 0.693 while policy and reference are equal; sft_weight and length_weight change that)"
+            "Loss (by DPO a pair costs ln 2 = 0.693 while policy and reference are equal, without sft_weight and length_weight)"
         )
         _chart(curves, {"loss": "loss"}, alt.Scale(zero=False))
     with top[1]:

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 
 from app.config import TrainSection
 from app.errors import DataError
-from app.models import device_of, load_model
-from app.schemas import Split
+from app.evaluation.suites import repeated_share
+from app.generation import GenerationRequest, generate
+from app.models import LoadedModel, device_of, load_model
+from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
@@ -45,7 +47,7 @@ from app.training.loop import (
 )
 from app.training.objectives import Objective, load_objective
 from app.training.policy import build_policy
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, generating
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
@@ -54,6 +56,8 @@ RESULT = "result.json"
 EXPORT = "export"
 _READ_BATCH = 256
 _STEP_ZERO_GROUPS = 4
+_CANARIES = 8
+_CANARY_TOKENS = 128
 _UNHEARD = 8
 """Steps whose measurements a checkpoint keeps. Ray Train holds one report of each worker back (`result_queue`, size 1),
 one may be on its way, and one waits for the other ranks: a driver that was killed has not written the last few."""
@@ -137,6 +141,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
             metrics |= summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
+        if section.canary_every and report.step % section.canary_every == 0 and workers.rank == 0:
+            metrics |= _canaries(policy, start, held_out or _first_groups(task))
         unheard.append(metrics)
         if report.step % section.checkpoint_every == 0 or last:
             if workers.rank == 0:
@@ -150,6 +156,25 @@ def train_worker(settings: dict[str, Any]) -> None:
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
     _barrier(workers)
+
+
+def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group]) -> dict[str, float]:
+    """Let the policy answer a few prompts greedily: one that forgets to stop or repeats itself is seen while it trains.
+
+    The first worker does this alone; the others wait at their next step.
+    """
+    requests = [
+        GenerationRequest(group.prompt_ids, temperature=0.0, top_p=1.0, max_tokens=_CANARY_TOKENS)
+        for group in groups[:_CANARIES]
+    ]
+    with generating(policy) as model:
+        answers = generate(replace(start, model=model), requests)
+    count = len(answers)
+    return {
+        "canary_finished": sum(a.finish_reason == FinishReason.STOP for a in answers) / count,
+        "canary_repetition": sum(repeated_share(a.text) for a in answers) / count,
+        "canary_tokens": sum(len(a.token_ids) for a in answers) / count,
+    }
 
 
 def _with_start(

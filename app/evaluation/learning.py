@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
+
+_SAME_LENGTH = 0.2
+"""Share of the longer answer by which two may differ and count as of the same length."""
 
 
 class Measured(Protocol):
@@ -80,6 +84,21 @@ class ImitatedAnswer(Protocol):
 
 
 @dataclass(frozen=True)
+class LengthBucket:
+    """Pairs whose chosen answer is shorter, of about the same length, or longer than the rejected one."""
+
+    name: str
+    pairs: int
+    accuracy: float
+    margin: float
+    """Mean, in nats."""
+
+    def line(self) -> str:
+        """Say it in one line."""
+        return f"{self.name}: {self.pairs} pairs, accuracy {self.accuracy:.1%}, mean margin {self.margin:+.3f}"
+
+
+@dataclass(frozen=True)
 class Learning:
     """Held-out accuracy with its interval, and what knowing only the lengths gives."""
 
@@ -93,6 +112,7 @@ class Learning:
     clusters: int
     level: float
     metric: str = "held-out reward accuracy"
+    by_length: tuple["LengthBucket", ...] = ()
 
     @property
     def learned(self) -> bool:
@@ -107,6 +127,7 @@ class Learning:
             f"[{self.low:.1%}, {self.high:.1%}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
             f"  pairs {self.pairs}, ties {self.ties:.1%}\n"
             f"  chance 50.0%, prefer the shorter {self.shorter:.1%}, prefer the longer {self.longer:.1%}"
+            + "".join(f"\n  {bucket.line()}" for bucket in self.by_length)
         )
 
 
@@ -149,6 +170,11 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
     gaps = np.array([m.rejected_tokens - m.chosen_tokens for m in measures])
     shorter = float(0.5 * (1 + np.sign(gaps)).mean())
     accuracy = reward_accuracy(measures, resampling=Resampling(level=level, seed=seed))
+    sides = {
+        "chosen shorter by more than a fifth": gaps > _SAME_LENGTH * _longest(measures),
+        "about the same length": np.abs(gaps) <= _SAME_LENGTH * _longest(measures),
+        "chosen longer by more than a fifth": -gaps > _SAME_LENGTH * _longest(measures),
+    }
     return Learning(
         accuracy=accuracy.value,
         low=accuracy.low,
@@ -159,7 +185,18 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
         pairs=accuracy.n,
         clusters=accuracy.n_clusters,
         level=level,
+        by_length=tuple(
+            LengthBucket(
+                name, int(side.sum()), float(0.5 * (1 + np.sign(margins[side])).mean()), float(margins[side].mean())
+            )
+            for name, side in sides.items()
+            if side.any()
+        ),
     )
+
+
+def _longest(measures: Sequence[Measured]) -> NDArray[np.float64]:
+    return np.array([max(m.chosen_tokens, m.rejected_tokens) for m in measures], dtype=np.float64)
 
 
 def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -> Learning | None:

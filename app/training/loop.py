@@ -90,6 +90,8 @@ class StepReport:
     reward_ties: float | None
     logp_chosen: float | None
     logp_rejected: float | None
+    chosen_fell: float | None
+    """Share of chosen answers that are less likely than under the reference."""
     kl: float | None
     """KTO's estimate of KL(policy, reference), before it is clamped to 0."""
     grad_norm: float | None
@@ -198,10 +200,10 @@ def optimise(
         odd: list[str] = []
         for batch in micro_batches(own, section.micro_batch_tokens):
             batch = batch.to(device)
-            result, logps = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            result, scored = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
             loss.backward()
-            sums.add(batch, objective.unit, result, logps.detach(), float(loss.detach()))
+            sums.add(batch, objective.unit, result, scored, float(loss.detach()))
             odd += itertools.compress(_ids(batch, objective), (~result.losses.isfinite()).tolist())
         _sum_gradients(parameters, workers)
         workers.sum_(sums.values)
@@ -254,7 +256,7 @@ def measure(
     with torch.no_grad():
         for batch in micro_batches(share, section.micro_batch_tokens):
             batch = batch.to(device)
-            result, logps = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            result, scored = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
             rewards, losses = result.rewards, result.losses.tolist()
             if objective.unit != "good":
                 pairs += map(
@@ -273,7 +275,7 @@ def measure(
                     batch.label_clusters,
                     batch.desirable.tolist(),
                     rewards[batch.responses].tolist(),
-                    logps[batch.responses].tolist(),
+                    scored.policy_logps[batch.responses].tolist(),
                     batch.token_counts[batch.responses].tolist(),
                     losses,
                 )
@@ -436,8 +438,8 @@ def _losses(
     section: TrainSection,
     mean_tokens: float,
     kl: Tensor | None,
-) -> tuple[Losses, Tensor]:
-    """Score a batch and return what the objective makes of it, and the log-probabilities [N] of the policy."""
+) -> tuple[Losses, Scored]:
+    """Score a batch and return what the objective makes of it, and what it saw."""
     reference = _reference(policy, batch, section) if objective.has_reference else None
     with autocast(batch.input_ids.device, section.dtype):
         scores = policy(batch)
@@ -453,7 +455,7 @@ def _losses(
         agreement=scores.agreement,
         kl=kl,
     )
-    return objective(scored), scores.logps
+    return objective(scored), scored
 
 
 def _reference(policy: ScoringModel, batch: PackedBatch, section: TrainSection) -> Tensor:
@@ -494,6 +496,8 @@ class _Sums:
         "ties",
         "logp_chosen",
         "logp_rejected",
+        "fell",
+        "referred",
         "good",
         "bad",
         "pairs",
@@ -504,7 +508,8 @@ class _Sums:
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, unit: Unit, result: Losses, logps: Tensor, loss: float) -> None:
+    def add(self, batch: PackedBatch, unit: Unit, result: Losses, scored: Scored, loss: float) -> None:
+        logps, reference = scored.policy_logps.detach(), scored.reference_logps
         if unit == "pairs":
             good, bad = batch.chosen, batch.rejected
             margins = result.rewards[good] - result.rewards[bad]
@@ -519,6 +524,8 @@ class _Sums:
             float((margins == 0).sum()),
             float(logps[good].sum()),
             float(logps[bad].sum()),
+            0.0 if reference is None else float((logps[good] < reference[good]).sum()),
+            0.0 if reference is None else float(len(good)),
             float(len(good)),
             float(len(bad)),
             float(len(margins)),
@@ -546,6 +553,7 @@ class _Sums:
             reward_ties=mean("ties", "pairs"),
             logp_chosen=mean("logp_chosen", "good"),
             logp_rejected=mean("logp_rejected", "bad"),
+            chosen_fell=mean("fell", "referred"),
             kl=kl,
             grad_norm=_finite(grad_norm),
             learning_rate=learning_rate,

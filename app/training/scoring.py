@@ -6,7 +6,8 @@ through the model's own attention, as any other library would do it.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,23 @@ class ScoringModel(nn.Module):
         summed = summed.index_add(1, batch.response_of_target, token_scores)
         agreement = summed[1] / batch.token_counts if self.agreement else None
         return ResponseScores(summed[0], batch.token_counts, agreement)
+
+
+@contextmanager
+def generating(policy: ScoringModel) -> Iterator[PreTrainedModel]:
+    """Lend the model, adapters and all, to who generates with it: its own attention, a cache, no dropout."""
+    model = policy.model
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    attention_before, training = causal.config._attn_implementation, policy.training
+    causal.set_attn_implementation(_own_attention(causal))
+    causal.config.use_cache = True
+    policy.train(mode=False)
+    try:
+        yield causal
+    finally:
+        causal.set_attn_implementation(attention_before)
+        causal.config.use_cache = False
+        policy.train(mode=training)
 
 
 def with_reference_logps(

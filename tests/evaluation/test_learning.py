@@ -116,3 +116,17 @@ def test_imitation_is_learned_where_the_likelihood_rises_for_certain(gain, learn
     assert likelihood.before == pytest.approx(2.0)
     assert likelihood.after == pytest.approx(2.0 - gain, abs=0.05)
     assert f"{'LEARNED' if learned else 'NOT LEARNED'}: held-out negative log-likelihood" in likelihood.table()
+
+
+def test_margins_are_told_apart_by_the_lengths_of_the_answers():
+    """A reward that follows the length alone is right on one side and wrong on the other."""
+    rows = [PairMeasure(f"l{i}", f"l{i}", 2.0, 0.5, 20, 10) for i in range(4)]
+    rows += [PairMeasure(f"s{i}", f"s{i}", -1.0, 0.5, 10, 20) for i in range(3)]
+    rows += [PairMeasure(f"e{i}", f"e{i}", 0.0, 0.5, 10, 9) for i in range(2)]
+    learning = judge_learning(rows, level=0.95, seed=0)
+    assert [(b.pairs, b.accuracy, b.margin) for b in learning.by_length] == [
+        (3, 0.0, -1.0),
+        (2, 0.5, 0.0),
+        (4, 1.0, 2.0),
+    ]
+    assert "chosen longer by more than a fifth: 4 pairs, accuracy 100.0%, mean margin +2.000" in learning.table()

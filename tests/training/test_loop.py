@@ -11,6 +11,7 @@ import torch
 
 from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
+from app.generation import GenerationRequest, generate
 from app.models import Lineage, load_model, register_folder
 from app.training import scoring
 from app.training.batch import PackedBatch, step_groups
@@ -28,7 +29,7 @@ from app.training.loop import (
 )
 from app.training.objectives import Objective, load_objective
 from app.training.policy import adapter_off_logps, autocast, build_policy, merged_model, trainable
-from app.training.scoring import plain_logps
+from app.training.scoring import generating, plain_logps
 from app.training.tokenization import Group, Preference
 
 SECTION = TrainSection(
@@ -86,6 +87,7 @@ def test_the_first_loss_is_ln_2(start):
     _, reports = run(start, SECTION, make_groups(4))
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-5)
     assert reports[0].reward_ties == 1.0
+    assert reports[0].chosen_fell == 0.0
 
 
 def test_training_raises_the_margin_of_what_it_trains_on(start):
@@ -370,6 +372,26 @@ def test_right_scores_with_wrong_gradients_are_refused_too(start, monkeypatch):
     monkeypatch.setattr(scoring._TargetLogps, "backward", staticmethod(lambda ctx, g: backward(ctx, 2 * g)))
     with pytest.raises(TrainingError, match=r"differ by 0\.0000 nats .* and by 100\.\d\d% of their gradient"):
         check_packing(build_policy(start(), SECTION), make_groups(4), section=SECTION)
+
+
+def test_a_policy_that_is_lent_to_generate_answers_with_its_adapters_and_trains_on_as_before(grown, start):
+    objective = load_objective("dpo", {})
+    groups = groups_for(objective, 2)
+    policy, untouched = grown(SECTION, objective), grown(SECTION, objective)
+    request = GenerationRequest(groups[0].prompt_ids, temperature=0.0, top_p=1.0, max_tokens=9)
+    with generating(policy) as model:
+        (found,) = generate(replace(start(), model=model), [request])
+    merged = merged_model(grown(SECTION, objective))
+    merged.set_attn_implementation("sdpa")
+    (expected,) = generate(replace(start(), model=merged), [request])
+    (base,) = generate(start(), [request])
+    assert found.token_ids == expected.token_ids
+    assert found.logps == pytest.approx(expected.logps, abs=1e-3)
+    assert found.logps != pytest.approx(base.logps, abs=1e-3)
+    common = {"section": SECTION, "objective": objective, "workers": SingleWorker()}
+    (one, ours), (other, theirs) = (one_step(p, groups, **common) for p in (policy, untouched))
+    assert one.loss == other.loss
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
