@@ -112,6 +112,8 @@ def certify(
     """Compare every objective with given losses, most of them computed by TRL; exit code 1 on any miss."""
     from app.training.certify import GOLDEN, certify
 
+    # Jobs run as `python -m`, which finds functions of one's own in this folder; so must we.
+    sys.path.insert(0, str(Path.cwd()))
     verdicts = certify(cases or GOLDEN)
     missed = sum(not verdict.passed for verdict in verdicts)
     if as_json:

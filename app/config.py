@@ -25,6 +25,7 @@ from pydantic import (
 
 from app.errors import RecipeError
 
+_MOVED = {f"train.{key}": f"train.options.{key}" for key in ("beta", "label_smoothing", "sft_weight", "length_weight")}
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -202,7 +203,7 @@ class TrainSection(Section):
     options: dict[str, Any] = Field({}, validate_default=True, description="Options of the objective.")
     adapter: Literal["lora", "full"] = Field("lora", description="What is trained.")
     lora: LoraSection = LoraSection()
-    reference: Literal["adapter_off", "precomputed"] = Field(
+    reference: Literal["sharded", "adapter_off", "precomputed"] = Field(
         "precomputed", description="Where reference log-probabilities come from."
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
@@ -356,7 +357,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as ``train.beta=0.2``.
+    """Read a recipe and apply overrides such as ``train.epochs=2``.
 
     Raises:
         RecipeError: the file is missing or no mapping, an override is malformed, or keys or values are wrong (all of
@@ -417,6 +418,8 @@ def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], tree)
+        if place in _MOVED:
+            return f"`{place}`: it is `{_MOVED[place]}` now"
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"`{place}`: unknown key{hint}"

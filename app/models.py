@@ -316,7 +316,6 @@ def _load(folder: Path, *, dtype: str, place: str) -> tuple[PreTrainedModel, Pre
             dtype=_DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds

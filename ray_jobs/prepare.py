@@ -30,7 +30,7 @@ from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
 from app.training.batch import PackedBatch
-from app.training.judgements import for_unit, with_strangers
+from app.training.judgements import distinct, for_unit, with_strangers
 from app.training.objectives import load_objective
 from app.training.policy import autocast
 from app.training.scoring import ScoringModel, unpackable, with_reference_logps
@@ -130,8 +130,8 @@ def prepare(
             "kept": audit.kept - left_out,
             "dropped": dict(audit.dropped),
             "truncated": audit.truncated,
-            "sources": dict(Counter(judged.source for g in ordered for judged in g.judgements)),
-            "simulated": sum(judged.pair_id in simulated for g in ordered for judged in g.judgements),
+            "sources": dict(Counter(distinct(ordered).values())),
+            "simulated": len(simulated & distinct(ordered).keys()),
             "reference_model": reference.model_id if precomputed else None,
         },
         rows_per_file=recipe.prepare.rows_per_file,
@@ -248,7 +248,7 @@ def print_summary(console: Console, row: SnapshotRow) -> None:
     """Print what a training snapshot holds and what was left out."""
     splits, counts = row.manifest["splits"], row.manifest["counts"]
     shown = ", ".join(
-        f"{name}: {n['pairs']} pairs on {n['rows']} prompts ({n['tokens']} tokens)" for name, n in splits.items()
+        f"{name}: {_judgements(n)} on {n['rows']} prompts ({n['tokens']} tokens)" for name, n in splits.items()
     )
     console.print(f"training snapshot [bold]{row.snapshot_id}[/bold]: {shown}", highlight=False)
     if counts["dropped"]:
@@ -256,6 +256,13 @@ def print_summary(console: Console, row: SnapshotRow) -> None:
             "left out of training: " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()),
             highlight=False,
         )
+
+
+def _judgements(split: dict[str, Any]) -> str:
+    found = [
+        f"{split[kind]} {word}" for kind, word in (("pairs", "pairs"), ("labels", "judged answers")) if split[kind]
+    ]
+    return " and ".join(found) or "nothing"
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe, TrainSection
-from app.errors import DataError, ModelError, PrefloopError, TrainingError, WorkersLost
+from app.errors import DataError, ModelError, PrefloopError, RecipeError, TrainingError, WorkersLost
 from app.evaluation.learning import Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
@@ -55,7 +55,7 @@ from ray_jobs.worker import (
 _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
 
-_REFUSALS = (TrainingError, ModelError)
+_REFUSALS = (TrainingError, ModelError, RecipeError)
 """What a worker raises on purpose, and would raise again."""
 
 
@@ -128,13 +128,15 @@ def train(
     snapshot.verify()
     files = tuple(train_files(snapshot))
     counts = _check_snapshot(home, snapshot, recipe, start, reference)
-    options = balanced(recipe.train.options, liked=counts["liked"], disliked=counts["labels"] - counts["liked"])
+    # Snapshots from before there were objectives without pairs do not know these weights, and need none.
+    weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
+    options = balanced(recipe.train.options, **weights)
     section, steps = _lengthened(recipe.train.model_copy(update={"options": options}), files)
     task = TrainTask(
         home_uri=home.uri,
         identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
         start_model_id=start.model_id,
-        policy_is_reference=start.model_id == reference.model_id,
+        reference_model_id=reference.model_id,
         section=section,
         files=files,
         total_steps=min(steps, section.max_steps or steps),
@@ -218,7 +220,7 @@ def _note(metrics: dict[str, Any]) -> str:
 
 def _check_snapshot(
     home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow
-) -> dict[str, int]:
+) -> dict[str, float]:
     objective = load_objective(recipe.train.objective, recipe.train.options)
     precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     manifest = check_binding(
@@ -231,15 +233,16 @@ def _check_snapshot(
         reference_digest=reference.digest if precomputed else None,
         dtype=recipe.train.dtype,
     )
-    counts: dict[str, int] = manifest["splits"]["train"]
-    require_pairs(recipe, counts["pairs"] + counts["labels"])
+    counts: dict[str, float] = manifest["splits"]["train"]
+    require_pairs(recipe, int(counts.get("judged", counts["pairs"])))
     return counts
 
 
 def require_pairs(recipe: Recipe, pairs: int) -> None:
     """Refuse to train on fewer pairs than the recipe wants; raises DataError."""
     if pairs < recipe.pairs.min_pairs:
-        msg = f"{pairs} training pairs are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
+        what = "pairs" if load_objective(recipe.train.objective, recipe.train.options).unit == "pairs" else "judgements"
+        msg = f"{pairs} training {what} are fewer than pairs.min_pairs = {recipe.pairs.min_pairs}\n\nHint: collect more feedback, or lower pairs.min_pairs if you know that a small run is what you want."
         raise DataError(msg)
 
 
@@ -346,11 +349,12 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
 
 def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
     """Say whether the run learned, by the measure of its objective; None where too little was held out."""
-    if measures.pairs:
-        return judge_learning(measures.pairs, level=0.95, seed=seed)
-    if any(answer.start_logp is not None for answer in measures.answers):
-        return judge_likelihood(measures.answers, level=0.95, seed=seed)
-    return judge_answers(measures.answers, level=0.95, seed=seed) if measures.answers else None
+    pairs, answers = measures.pairs, measures.answers
+    if any(answer.start_logp is not None for answer in answers):
+        return judge_likelihood(answers, level=0.95, seed=seed)
+    if answers and len({pair.cluster for pair in pairs}) < 10:
+        return judge_answers(answers, level=0.95, seed=seed)
+    return judge_learning(pairs, level=0.95, seed=seed) if pairs else None
 
 
 def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> None:
@@ -418,7 +422,7 @@ def _cause(error: TrainingFailedError) -> str:
 def print_learning(console: Console, learning: Learning | Likelihood | None) -> None:
     """Print the table that says whether the model learned from its pairs."""
     if learning is None:
-        console.print("no held-out pairs: whether the model learned is not known", highlight=False)
+        console.print("too little was held out: whether the model learned is not known", highlight=False)
         return
     console.print(learning.table(), highlight=False)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 import ray
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from app.config import TrainSection
 from app.errors import DataError
 from app.evaluation.suites import repeated_share
-from app.generation import GenerationRequest, generate
+from app.generation import GenerationRequest, context_window, generate
 from app.models import LoadedModel, device_of, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
@@ -46,8 +46,8 @@ from app.training.loop import (
     optimise,
 )
 from app.training.objectives import Objective, load_objective
-from app.training.policy import build_policy
-from app.training.scoring import ScoringModel, generating
+from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, precomputed
+from app.training.scoring import ScoringModel, generating, own_attention
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
@@ -70,7 +70,7 @@ class TrainTask:
     home_uri: str
     identity: RunIdentity
     start_model_id: str
-    policy_is_reference: bool
+    reference_model_id: str
     section: TrainSection
     files: tuple[TrainFile, ...]
     total_steps: int
@@ -79,6 +79,15 @@ class TrainTask:
     def home(self) -> Home:
         """The home that holds the snapshot, the models and the run."""
         return Home.at(self.home_uri)
+
+
+class _Common(TypedDict):
+    """What every measurement of a run shares."""
+
+    objective: Objective
+    reference: Reference
+    section: TrainSection
+    workers: Workers
 
 
 class DistributedWorkers:
@@ -110,27 +119,31 @@ def train_worker(settings: dict[str, Any]) -> None:
     start = load_model(home, task.start_model_id, dtype="float32" if section.adapter == "full" else section.dtype)
     objective = load_objective(section.objective, section.options)
     policy = build_policy(start, section, agreement="agreement" in objective.needs).to(device)
+    reference = _reference(task, policy, device) if objective.has_reference else precomputed
     optimizer = make_optimizer(policy, section)
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
+    shown = held_out or _first_groups(task)
     resumed = load_newest(home, task.identity, policy, optimizer)
     if not resumed.step:
-        few = _few(held_out or _first_groups(task), section.micro_batch_tokens)
+        few = _few(shown, section.micro_batch_tokens)
         check_packing(policy, few, section=section)
-        if task.policy_is_reference and objective.has_reference:
-            check_step_zero(policy, few, section=section)
+        if task.reference_model_id == task.start_model_id and objective.has_reference:
+            check_step_zero(policy, few, reference=reference, section=section)
     for note in resumed.skipped:
         ray.train.report({"note": note})
     for metrics in resumed.reports:
         ray.train.report(metrics)
 
+    common = _Common(objective=objective, reference=reference, section=section, workers=workers)
     unheard = deque(resumed.reports, maxlen=_UNHEARD)
     steps = _shared_steps(task, workers, skip=resumed.step)
     for report in optimise(
         policy,
         steps,
         objective=objective,
+        reference=reference,
         optimizer=optimizer,
         section=section,
         total_steps=task.total_steps,
@@ -140,9 +153,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         metrics = asdict(report)
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
-            metrics |= summary(measure(policy, held_out, objective=objective, section=section, workers=workers))
+            metrics |= summary(measure(policy, held_out, **common))
         if section.canary_every and report.step % section.canary_every == 0 and workers.rank == 0:
-            metrics |= _canaries(policy, start, held_out or _first_groups(task))
+            metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
         if report.step % section.checkpoint_every == 0 or last:
             if workers.rank == 0:
@@ -150,24 +163,30 @@ def train_worker(settings: dict[str, Any]) -> None:
             _barrier(workers)
         ray.train.report(metrics)
 
-    model, measures = measure_exported(policy, held_out, objective=objective, section=section, workers=workers)
+    model, measures = measure_exported(policy, held_out, **common)
     if objective.unit == "good":
-        measures = _with_start(task, measures, held_out, objective=objective, workers=workers, device=device)
+        start = load_model(home, task.start_model_id, dtype=section.dtype, device=device)
+        before = measure(ScoringModel(start.model), held_out, **common)
+        measures = _with_start(measures, before)
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
     _barrier(workers)
 
 
-def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group]) -> dict[str, float]:
+def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group], *, dtype: str) -> dict[str, float]:
     """Let the policy answer a few prompts greedily: one that forgets to stop or repeats itself is seen while it trains.
 
-    The first worker does this alone; the others wait at their next step.
+    The first worker does this alone; the others wait at their next step. Prompts that leave no room are passed over.
     """
+    window = context_window(start.model)
     requests = [
         GenerationRequest(group.prompt_ids, temperature=0.0, top_p=1.0, max_tokens=_CANARY_TOKENS)
-        for group in groups[:_CANARIES]
-    ]
-    with generating(policy) as model:
+        for group in groups
+        if window is None or len(group.prompt_ids) + _CANARY_TOKENS <= window
+    ][:_CANARIES]
+    if not requests:
+        return {}
+    with generating(policy) as model, autocast(model.device, dtype):
         answers = generate(replace(start, model=model), requests)
     count = len(answers)
     return {
@@ -177,24 +196,19 @@ def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group])
     }
 
 
-def _with_start(
-    task: TrainTask,
-    measures: Measures,
-    held_out: Sequence[Group],
-    *,
-    objective: Objective,
-    workers: Workers,
-    device: torch.device,
-) -> Measures:
+def _with_start(measures: Measures, before: Measures) -> Measures:
     """Add what the model before training gave to the same answers."""
-    start = load_model(task.home(), task.start_model_id, dtype=task.section.dtype, device=device)
-    scored = measure(
-        ScoringModel(start.model), held_out, objective=objective, section=task.section, workers=workers
-    ).answers
-    return Measures(
-        measures.pairs,
-        [replace(after, start_logp=before.logp) for after, before in zip(measures.answers, scored, strict=True)],
-    )
+    both = zip(measures.answers, before.answers, strict=True)
+    return Measures(measures.pairs, [replace(after, start_logp=start.logp) for after, start in both])
+
+
+def _reference(task: TrainTask, policy: ScoringModel, device: torch.device) -> Reference:
+    if task.section.reference == "precomputed":
+        return precomputed
+    if task.section.reference == "adapter_off":
+        return adapter_off(policy, task.section.dtype)
+    model = load_model(task.home(), task.reference_model_id, dtype=task.section.dtype, device=device)
+    return frozen(ScoringModel(model.model), task.section.dtype)
 
 
 def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:
@@ -272,7 +286,7 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: M
         filesystem.rm(artifact.path, recursive=True)
     filesystem.makedirs(artifact.path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prefloop-export-") as scratch:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(own_attention(model))
         model.config.use_cache = True
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -294,7 +308,8 @@ def held_out_measures(home: Home, run_id: str) -> Measures | None:
     run = home.artifact("runs", run_id)
     try:
         result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
-        pairs, answers = result["pairs"], result["answers"]
+        # `measures` is what runs of pairs wrote before there were others.
+        pairs, answers = result.get("pairs", result.get("measures")), result.get("answers", [])
         return Measures([PairMeasure(**row) for row in pairs], [AnswerMeasure(**row) for row in answers])
     except FileNotFoundError:
         return None

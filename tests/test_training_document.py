@@ -35,7 +35,7 @@ def test_the_example_case_holds(tmp_path):
     assert verdict.passed, verdict.line()
 
 
-def test_the_example_function_is_dpo(monkeypatch):
+def test_the_example_function_is_dpo():
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     scope: dict = {}
     exec(compile(block, "docs/training.md", "exec"), scope)

@@ -181,7 +181,7 @@ def print_closing(console: Console, report: Mapping[str, Any], path: Path, recip
     console.rule(f"{report['verdict']}")
     console.print(
         f"A SIMULATED audience ({report['simulated_audience']}) saw {report['responses']} answers and gave {events} "
-        f"judgements, which made {pairs} pairs. DPO took {report['train_steps']} steps; held-out reward accuracy "
+        f"judgements, which made {pairs} pairs. Training took {report['train_steps']} steps; held-out reward accuracy "
         f"{'not known' if report['reward_accuracy'] is None else format(report['reward_accuracy'], '.0%')}. The new model wins {win} against the champion "
         f"(length ratio {report['length_ratio']:.2f}).",
         highlight=False,
@@ -276,11 +276,12 @@ def _differences(tree: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
     def walk(node: Mapping[str, Any], model: Any, place: str) -> None:
         for name, field in model.model_fields.items():
-            value, where = node.get(name), f"{place}.{name}" if place else name
+            key = field.alias or name
+            value, where = node.get(key), f"{place}.{key}" if place else key
             nested = [
                 a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")
             ]
-            if model is TrainSection and name == "options":
+            if model is TrainSection and key == "options":
                 nested = [OBJECTIVE_OPTIONS.get(node["objective"])]
             if any(nested) and isinstance(value, Mapping):
                 walk(value, nested[0], where)

@@ -168,7 +168,7 @@ def _win_rate(name: str, baseline: str, measured: WinRate, threshold: float) -> 
 def _reward_accuracy(estimate: Estimate | None, threshold: float) -> RuleResult:
     metric = "held-out reward accuracy"
     if estimate is None or estimate.method == "empty":
-        reason = f"the {metric} was not measured (no held-out pairs, or no run of this product); set evaluate.gate.reward_accuracy_over to null to do without"
+        reason = f"the {metric} was not measured (no held-out pairs, a run that imitates, or no run of this product); set evaluate.gate.reward_accuracy_over to null to do without"
         return RuleResult("reward_accuracy", metric, None, None, None, 0, ">", threshold, False, reason)
     passed = estimate.low > threshold
     reason = f"the policy ranks {_percent(estimate.value)} {_interval(estimate)} of {estimate.n} held-out pairs as they were labelled"

@@ -4,7 +4,8 @@ Pairs: reward accuracy. The lower bound (percentile bootstrap over prompt cluste
 both length-only rules on the same pairs. Margins of exactly zero are ties: they count half and are shown apart.
 
 Answers that were judged one by one: the same, for a liked and a disliked answer drawn at random (the area under the
-ROC curve).
+ROC curve). Where pairs of ten prompt clusters are held out as well, their accuracy is the measure: two answers to one
+prompt compare better than answers to two.
 
 Answers that are imitated (`sft`): negative log-likelihood of a token, which must fall: the upper bound of its ratio to
 the start model's must lie under 1.
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
 
+_FEW_CLUSTERS = 10
 _SAME_LENGTH = 0.2
 """Share of the longer answer by which two may differ and count as of the same length."""
 
@@ -202,10 +204,11 @@ def _longest(measures: Sequence[Measured]) -> NDArray[np.float64]:
 def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -> Learning | None:
     """Compare rewards of liked and of disliked answers with chance and with their lengths.
 
-    None where one of the two kinds is missing.
+    None where one of the two kinds is missing or fewer than ten prompt clusters are there: resamples of a handful say
+    nothing.
     """
     good = np.array([a.desirable for a in answers], dtype=bool)
-    if good.all() or not good.any():
+    if good.all() or not good.any() or len({a.cluster for a in answers}) < _FEW_CLUSTERS:
         return None
     rewards, tokens = np.array([a.reward for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
     index = {name: i for i, name in enumerate(dict.fromkeys(a.cluster for a in answers))}
@@ -234,8 +237,10 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
     )
 
 
-def judge_likelihood(answers: Sequence[ImitatedAnswer], *, level: float, seed: int) -> Likelihood:
-    """Compare the likelihood of at least one held-out answer with what the start model gave it."""
+def judge_likelihood(answers: Sequence[ImitatedAnswer], *, level: float, seed: int) -> Likelihood | None:
+    """Compare the likelihood of held-out answers with what the start model gave them; None for fewer than ten clusters."""
+    if len({a.cluster for a in answers}) < _FEW_CLUSTERS:
+        return None
     before = [-(a.start_logp if a.start_logp is not None else float("nan")) for a in answers]
     after = [-a.logp for a in answers]
     ratio = mean_ratio(after, before, [a.cluster for a in answers], resampling=Resampling(level=level, seed=seed))

@@ -120,9 +120,11 @@ def _restore(tensors: dict[str, torch.Tensor], policy: ScoringModel, optimizer: 
     for name, parameter in trainable(policy).items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
-        optimizer.state[parameter] = {
-            field: tensor if field == "step" else tensor.to(parameter.device) for field, tensor in states[name].items()
-        }
+        if name in states:  # none before the first update
+            optimizer.state[parameter] = {
+                field: tensor if field == "step" else tensor.to(parameter.device)
+                for field, tensor in states[name].items()
+            }
 
 
 def _kind(identity: RunIdentity) -> str:

@@ -20,6 +20,11 @@ from app.training.tokenization import Group, Label
 Unit = Literal["pairs", "labels", "good"]
 
 
+def distinct(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the source of each judgement by its id; a pair that became two labels is one judgement."""
+    return {judged.pair_id: judged.source for group in groups for judged in group.judgements}
+
+
 def for_unit(groups: Sequence[Group], unit: Unit) -> tuple[list[Group], int]:
     """Return the groups as an objective of this unit learns from them, and how many judgements were left out."""
     if unit == "pairs":
@@ -61,13 +66,13 @@ def with_strangers(groups: Sequence[Group], *, max_length: int, seed: int) -> li
 def balanced(options: Mapping[str, Any], *, liked: float, disliked: float) -> dict[str, Any]:
     """Fill in `desirable_weight` and `undesirable_weight` where a recipe leaves them open.
 
-    Equation 9 of https://arxiv.org/abs/2402.01306 wants desirable_weight * liked / (undesirable_weight * disliked) in
-    [1, 4/3]. The rarer kind is weighed up as far as that takes, the other stays at 1.
+    KTO's authors want desirable_weight * liked / (undesirable_weight * disliked) in [1, 4/3], as TRL quotes them. The
+    rarer kind is weighed up as far as that takes, the other stays at 1.
 
     Args:
         options: of an objective; others than these two are returned as they are.
-        liked: liked answers of the train split.
-        disliked: disliked ones.
+        liked: sum of the weights of liked answers of the train split.
+        disliked: the same of disliked ones.
     """
     if options.get("desirable_weight", 0) is not None:
         return dict(options)

@@ -23,7 +23,7 @@ from app.errors import TrainingError
 from app.training.batch import PackedBatch, micro_batches, rank_share
 from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
-from app.training.policy import adapter_off_logps, autocast, merged_model, trainable
+from app.training.policy import Reference, autocast, merged_model, precomputed, trainable
 from app.training.scoring import ScoringModel, plain_logps, with_reference_logps
 from app.training.tokenization import Group
 
@@ -91,7 +91,7 @@ class StepReport:
     logp_chosen: float | None
     logp_rejected: float | None
     chosen_fell: float | None
-    """Share of chosen answers that are less likely than under the reference."""
+    """Share of chosen answers that are less likely than under the reference, by more than rounding can be."""
     kl: float | None
     """KTO's estimate of KL(policy, reference), before it is clamped to 0."""
     grad_norm: float | None
@@ -163,6 +163,7 @@ def optimise(
     steps: Iterable[Sequence[Group]],
     *,
     objective: Objective,
+    reference: Reference,
     optimizer: torch.optim.Optimizer,
     section: TrainSection,
     total_steps: int,
@@ -174,9 +175,10 @@ def optimise(
     Args:
         policy: what is trained.
         steps: the groups of each remaining step, the same on every rank.
-        objective: losses of pairs.
+        objective: losses of pairs or of judged answers.
+        reference: asked where the objective has one.
         optimizer: over the parameters of `policy` that train.
-        section: learning rate, schedule, clipping, token budget, dtype, reference.
+        section: learning rate, schedule, clipping, token budget, dtype.
         total_steps: steps of the whole run, for the schedule.
         done_steps: steps done before a resume.
         workers: the ranks.
@@ -195,12 +197,12 @@ def optimise(
         optimizer.zero_grad(set_to_none=False)
         totals = _Totals.of(groups, objective.unit)
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
-        kl = _kl(policy, strangers, section=section, workers=workers) if "kl" in objective.needs else None
-        sums = _Sums(device)
+        kl = _kl(policy, strangers, reference, section=section, workers=workers) if "kl" in objective.needs else None
+        sums = _Sums(device, dtype=section.dtype)
         odd: list[str] = []
         for batch in micro_batches(own, section.micro_batch_tokens):
             batch = batch.to(device)
-            result, scored = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            result, scored = _losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
             loss.backward()
             sums.add(batch, objective.unit, result, scored, float(loss.detach()))
@@ -210,7 +212,7 @@ def optimise(
         norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
         report = sums.report(
             step=step + 1,
-            kl=None if kl is None else float(kl),
+            kl=None if kl is None else _finite(float(kl)),
             grad_norm=float(norm),
             learning_rate=section.learning_rate
             * learning_rate_factor(
@@ -239,6 +241,7 @@ def measure(
     groups: Sequence[Group],
     *,
     objective: Objective,
+    reference: Reference,
     section: TrainSection,
     workers: Workers,
 ) -> Measures:
@@ -256,7 +259,7 @@ def measure(
     with torch.no_grad():
         for batch in micro_batches(share, section.micro_batch_tokens):
             batch = batch.to(device)
-            result, scored = _losses(policy, batch, objective, section, totals.mean_tokens, kl)
+            result, scored = _losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
             rewards, losses = result.rewards, result.losses.tolist()
             if objective.unit != "good":
                 pairs += map(
@@ -290,38 +293,45 @@ def measure_exported(
     groups: Sequence[Group],
     *,
     objective: Objective,
+    reference: Reference,
     section: TrainSection,
     workers: Workers,
 ) -> tuple[PreTrainedModel, Measures]:
     """Merge the adapters, and score held-out groups with the very weights that leave the run.
 
     Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
-    fine-tuning leave as they are, in fp32; a replica rounds them to `serving.dtype` as it loads them.) Where the base is
-    the reference, it is asked before it is merged. The policy is of no use afterwards.
+    fine-tuning leave as they are, in fp32; a replica rounds them to `serving.dtype` as it loads them.) The base
+    may be the reference, so that is asked before the merge. The policy is of no use afterwards.
 
     Returns:
         the plain model and its measures as `measure` returns them.
     """
-    if objective.has_reference and section.reference == "adapter_off":
+    if objective.has_reference:
         device = next(policy.parameters()).device
         policy.train(mode=False)
         # `measure` divides them in the same way, so what other ranks score needs no reference here.
         mine = with_reference_logps(
             rank_share(groups, rank=workers.rank, world_size=workers.size),
-            lambda batch: _reference(policy, batch.to(device), section),
+            lambda batch: reference(batch.to(device)),
             token_budget=section.micro_batch_tokens,
         )
         scored = {group.group_id: group for group in mine}
         groups = [scored.get(group.group_id, group) for group in groups]
-        section = section.model_copy(update={"reference": "precomputed"})
     model = merged_model(policy)
     measured = measure(
-        ScoringModel(model, agreement=policy.agreement), groups, objective=objective, section=section, workers=workers
+        ScoringModel(model, agreement=policy.agreement),
+        groups,
+        objective=objective,
+        reference=precomputed,
+        section=section,
+        workers=workers,
     )
     return model, measured
 
 
-def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
+def check_step_zero(
+    policy: ScoringModel, groups: Sequence[Group], *, reference: Reference, section: TrainSection
+) -> float:
     """Compare the untrained policy with its reference on a few groups and return how far they are apart, see `_noise`.
 
     Raises:
@@ -333,7 +343,7 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
     batch = PackedBatch.pack(groups).to(device)
     with torch.no_grad(), autocast(device, section.dtype):
         logps: Tensor = policy(batch).logps
-    apart = _noise(logps, _reference(policy, batch, section), batch)
+    apart = _noise(logps, reference(batch), batch)
     if not apart <= tolerance:
         msg = f"policy and reference differ by {apart:.4f} nats for the root of a token before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: name another model.reference_model, or score it again with `--set prepare.reuse_scores=false`."
         raise TrainingError(msg)
@@ -343,7 +353,7 @@ def check_step_zero(policy: ScoringModel, groups: Sequence[Group], *, section: T
 def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
     """Compare packed scores and their gradients with plain rows on a few groups and return how far the scores are apart.
 
-    The gradient is that of the log-probabilities with alternating signs, as a preference has them; see `_noise`.
+    The gradient is that of the log-probabilities, with alternating signs for the groups; see `_noise`.
 
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.
@@ -352,23 +362,36 @@ def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: Tra
     device = parameters[0].device
     policy.train(mode=False)
     batch = PackedBatch.pack(groups).to(device)
-    signs = 1.0 - 2.0 * (torch.arange(batch.num_responses, device=device) % 2)
+    # Answers to one prompt are much alike: with opposite signs little would be left but noise.
+    signs = [1.0 - 2.0 * (number % 2) for number, group in enumerate(groups) for _ in group.responses]
     with autocast(device, section.dtype):
         packed: Tensor = policy(batch).logps
-        plain = plain_logps(policy.model, groups)
-    packed_gradient, plain_gradient = (_flat_gradient((logps * signs).sum(), parameters) for logps in (packed, plain))
-    apart = _noise(packed.detach(), plain.detach(), batch)
-    turned = float((packed_gradient - plain_gradient).norm() / plain_gradient.norm().clamp(min=1e-12))
+    (packed * torch.tensor(signs, device=device)).sum().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    plain = torch.zeros_like(packed)
+    for parameter in parameters:
+        parameter.grad = None
+    rows = [replace(group, responses=(response,)) for group in groups for response in group.responses]
+    for number, (row, sign) in enumerate(zip(rows, signs, strict=True)):
+        # One graph at a time: its logits are those of all tokens.
+        with autocast(device, section.dtype):
+            logp = plain_logps(policy.model, [row]).sum()
+        (sign * logp).backward()
+        plain[number] = logp.detach()
+    apart = _noise(packed.detach(), plain, batch)
+    pairs = [
+        (p.grad if p.grad is not None else torch.zeros_like(p), g) for p, g in zip(parameters, gradients, strict=True)
+    ]
+    length = math.sqrt(sum(float(expected.double().square().sum()) for expected, _ in pairs))
+    turned = math.sqrt(sum(float((expected - found).double().square().sum()) for expected, found in pairs))
+    turned /= max(length, 1e-12)
+    for parameter in parameters:
+        parameter.grad = None
     allowed, allowed_turn = _NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
     if not (apart <= allowed and turned <= allowed_turn):
         msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
         raise TrainingError(msg)
     return apart
-
-
-def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([g.reshape(-1).float() for g in gradients])
 
 
 def _noise(found: Tensor, expected: Tensor, batch: PackedBatch) -> float:
@@ -416,17 +439,26 @@ def _divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     return [own for own, _ in divided], [strangers for _, strangers in divided if strangers is not None]
 
 
-def _kl(policy: ScoringModel, strangers: Sequence[Group], *, section: TrainSection, workers: Workers) -> Tensor:
+def _kl(
+    policy: ScoringModel,
+    strangers: Sequence[Group],
+    reference: Reference,
+    *,
+    section: TrainSection,
+    workers: Workers,
+) -> Tensor:
     """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped."""
     device = next(policy.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    policy.train(mode=False)
     with torch.no_grad():
         for batch in micro_batches(strangers, section.micro_batch_tokens):
             batch = batch.to(device)
             with autocast(device, section.dtype):
                 logps: Tensor = policy(batch).logps
-            ratios = (logps - _reference(policy, batch, section)).double()
+            ratios = (logps - reference(batch)).double()
             sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+    policy.train()
     workers.sum_(sums)
     return (sums[0] / sums[1].clamp(min=1)).float()
 
@@ -435,17 +467,18 @@ def _losses(
     policy: ScoringModel,
     batch: PackedBatch,
     objective: Objective,
+    reference: Reference,
     section: TrainSection,
     mean_tokens: float,
     kl: Tensor | None,
 ) -> tuple[Losses, Scored]:
     """Score a batch and return what the objective makes of it, and what it saw."""
-    reference = _reference(policy, batch, section) if objective.has_reference else None
+    reference_logps = reference(batch) if objective.has_reference else None
     with autocast(batch.input_ids.device, section.dtype):
         scores = policy(batch)
     scored = Scored(
         policy_logps=scores.logps,
-        reference_logps=reference,
+        reference_logps=reference_logps,
         token_counts=batch.token_counts,
         chosen=batch.chosen,
         rejected=batch.rejected,
@@ -456,16 +489,6 @@ def _losses(
         kl=kl,
     )
     return objective(scored), scored
-
-
-def _reference(policy: ScoringModel, batch: PackedBatch, section: TrainSection) -> Tensor:
-    if section.reference == "adapter_off":
-        with autocast(batch.input_ids.device, section.dtype):
-            return adapter_off_logps(policy, batch)
-    if batch.reference_logps is None:
-        msg = "the training snapshot has no reference log-probabilities\n\nHint: run `prefloop prepare` with `train.reference: precomputed`."
-        raise TrainingError(msg)
-    return batch.reference_logps.to(torch.float32)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], workers: Workers) -> None:
@@ -505,11 +528,13 @@ class _Sums:
         "tokens",
     )
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, dtype: str) -> None:
+        self.noise = _NOISE_TOLERANCE[dtype]
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
 
     def add(self, batch: PackedBatch, unit: Unit, result: Losses, scored: Scored, loss: float) -> None:
         logps, reference = scored.policy_logps.detach(), scored.reference_logps
+        noise = self.noise * scored.token_counts.sqrt()
         if unit == "pairs":
             good, bad = batch.chosen, batch.rejected
             margins = result.rewards[good] - result.rewards[bad]
@@ -524,7 +549,7 @@ class _Sums:
             float((margins == 0).sum()),
             float(logps[good].sum()),
             float(logps[bad].sum()),
-            0.0 if reference is None else float((logps[good] < reference[good]).sum()),
+            0.0 if reference is None else float((logps[good] < reference[good] - noise[good]).sum()),
             0.0 if reference is None else float(len(good)),
             float(len(good)),
             float(len(bad)),

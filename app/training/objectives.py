@@ -33,6 +33,8 @@ from torch.nn.functional import logsigmoid, relu
 
 from app.errors import RecipeError
 
+BALANCED = frozenset({"desirable_weight", "undesirable_weight"})
+"""Options without a default that the data gives where a recipe does not."""
 _ALMOST_CERTAIN = -1e-7
 """Largest mean log-probability of a token that has finite odds in fp32."""
 
@@ -98,7 +100,7 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     try:
         function = getattr(importlib.import_module(module), attribute) if attribute else globals()[name]
         parameters = inspect.signature(function).parameters.values()
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  a module of the user's may raise anything as it is imported
         msg = f"no objective `{name}`: {error}\n\nHint: one of your own is `package.module:function`, importable where the workers run."
         raise RecipeError(msg) from None
     bound = {_parameter(key): value for key, value in options.items()}
@@ -106,12 +108,19 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     if unknown := sorted(bound.keys() - taken):
         msg = f"objective `{name}` has no option {', '.join(f'`{key}`' for key in unknown)}\n\nHint: its options are {', '.join(sorted(taken)) or 'none'}."
         raise RecipeError(msg)
+    wanted = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} - BALANCED
+    if missing := sorted(wanted - bound.keys()):
+        msg = f"objective `{name}` needs the option {', '.join(f'`{key}`' for key in missing)}, which has no default"
+        raise RecipeError(msg)
     needs = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     if strange := sorted(needs - {field.name for field in fields(Scored)}):
         msg = f"objective `{name}` asks for {', '.join(f'`{key}`' for key in strange)}\n\nHint: it can have {', '.join(field.name for field in fields(Scored))}."
         raise RecipeError(msg)
     if ("chosen" in needs) == ("responses" in needs) or ("chosen" in needs) != ("rejected" in needs):
         msg = f"objective `{name}` must ask for `chosen` and `rejected`, or for `responses`"
+        raise RecipeError(msg)
+    if "kl" in needs and "desirable" not in needs:
+        msg = f"objective `{name}` asks for `kl`, which is estimated for judged answers only: ask for `desirable` too"
         raise RecipeError(msg)
     if "wpo" in taken and not bound.get("wpo"):
         needs.discard("agreement")
@@ -242,7 +251,7 @@ def apo_zero(
     """Anchored Preference Optimization for chosen answers better than the policy's own.
 
     1 - sigmoid(beta h_w) + sigmoid(beta h_l): up with the chosen, down with the rejected, each against the reference;
-    https://arxiv.org/abs/2408.06266, equation 6.
+    https://arxiv.org/abs/2408.06266, section 4.
     """
     rewards = beta * (policy_logps - reference_logps)
     return Losses(1 - rewards[chosen].sigmoid() + rewards[rejected].sigmoid(), rewards.detach())
@@ -254,7 +263,7 @@ def apo_down(
     """Anchored Preference Optimization for chosen answers worse than the policy's own.
 
     sigmoid(beta h_w) + 1 - sigmoid(beta (h_w - h_l)): both go down, the rejected further;
-    https://arxiv.org/abs/2408.06266, equation 7.
+    https://arxiv.org/abs/2408.06266, section 4.
     """
     rewards = beta * (policy_logps - reference_logps)
     margins = rewards[chosen] - rewards[rejected]

@@ -2,9 +2,11 @@
 
 With adapters the frozen base stays in the compute type and the adapters are fp32; full fine-tuning keeps fp32 master
 weights and leaves them so, since a step at its learning rates is smaller than what bf16 can tell apart. The reference
-is either read from the snapshot (`precomputed`) or scored with the adapters switched off.
+is read from the snapshot (`precomputed`), scored with the adapters switched off (`adapter_off`), or a frozen model beside
+the policy (`sharded`); all three give the same numbers.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.config import TrainSection
-from app.errors import ModelError
+from app.errors import ModelError, TrainingError
 from app.models import LoadedModel
 from app.training.batch import PackedBatch
 from app.training.scoring import ScoringModel
@@ -84,12 +86,43 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def adapter_off_logps(policy: ScoringModel, batch: PackedBatch) -> Tensor:
-    """Score a batch with the policy's own base: [N], without gradients."""
+Reference = Callable[[PackedBatch], Tensor]
+"""Batch (on the policy's device) -> [N] log-probabilities of the frozen reference, in nats, without gradients."""
+
+
+def precomputed(batch: PackedBatch) -> Tensor:
+    """Read what the reference gave when the snapshot was prepared; raises TrainingError where it is not there."""
+    if batch.reference_logps is None:
+        msg = "the training snapshot has no reference log-probabilities\n\nHint: run `prefloop prepare` with `train.reference: precomputed`."
+        raise TrainingError(msg)
+    return batch.reference_logps.to(torch.float32)
+
+
+def adapter_off(policy: ScoringModel, dtype: str) -> Reference:
+    """Score with the policy's own base: no second model, but two more forwards of it."""
     adapted = policy.model
     assert isinstance(adapted, PeftModel)  # noqa: S101  the recipe refuses adapter_off without adapters
-    with torch.no_grad(), adapted.disable_adapter():
-        return _logps(policy, batch)
+
+    def score(batch: PackedBatch) -> Tensor:
+        training = policy.training
+        policy.train(mode=False)  # a reference knows no dropout
+        with torch.no_grad(), adapted.disable_adapter(), autocast(batch.input_ids.device, dtype):
+            logps = _logps(policy, batch)
+        policy.train(mode=training)
+        return logps
+
+    return score
+
+
+def frozen(model: ScoringModel, dtype: str) -> Reference:
+    """Score with a model of its own, which never trains and stays in evaluation mode."""
+    model.requires_grad_(requires_grad=False).train(mode=False)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with torch.no_grad(), autocast(batch.input_ids.device, dtype):
+            return _logps(model, batch)
+
+    return score
 
 
 def merged_model(policy: ScoringModel) -> PreTrainedModel:

@@ -55,7 +55,7 @@ class ScoringModel(nn.Module):
             attention.register()
             model.set_attn_implementation(attention.ATTENTION_NAME)
         else:
-            model.set_attn_implementation(_own_attention(model))
+            model.set_attn_implementation(own_attention(model))
         model.config.use_cache = False
         self.model = model
 
@@ -88,7 +88,7 @@ def generating(policy: ScoringModel) -> Iterator[PreTrainedModel]:
     model = policy.model
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     attention_before, training = causal.config._attn_implementation, policy.training
-    causal.set_attn_implementation(_own_attention(causal))
+    causal.set_attn_implementation(own_attention(causal))
     causal.config.use_cache = True
     policy.train(mode=False)
     try:
@@ -126,7 +126,7 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
     """
     device = next(model.parameters()).device
     previous = model.config._attn_implementation
-    model.set_attn_implementation(_own_attention(model))
+    model.set_attn_implementation(own_attention(model))
     sums = []
     try:
         for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
@@ -152,7 +152,8 @@ def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
     return None
 
 
-def _own_attention(model: PreTrainedModel | PeftModel) -> str:
+def own_attention(model: PreTrainedModel | PeftModel) -> str:
+    """Return the attention that transformers itself gives the model."""
     # Gemma 2 has no `sdpa`, which knows no cap on attention scores; neither have models without attention.
     return "sdpa" if model._supports_sdpa else "eager"
 

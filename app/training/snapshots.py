@@ -117,7 +117,7 @@ def write_training_snapshot(
     snapshot_id = content_hash(identity)[:16]
     artifact = home.artifact("training", snapshot_id)
     if not artifact.exists():
-        splits: dict[str, dict[str, int]] = {}
+        splits: dict[str, dict[str, float]] = {}
         for split in Split:
             members = [g for g in groups if g.split == split]
             rows = (to_row(group, index) for index, group in enumerate(members))
@@ -126,7 +126,9 @@ def write_training_snapshot(
                 "rows": len(members),
                 "pairs": sum(len(g.pairs) for g in members),
                 "labels": sum(len(g.labels) for g in members),
-                "liked": sum(label.label for g in members for label in g.labels),
+                "judged": len({judged.pair_id for g in members for judged in g.judgements}),
+                "liked_weight": sum(label.weight for g in members for label in g.labels if label.label),
+                "disliked_weight": sum(label.weight for g in members for label in g.labels if not label.label),
                 "tokens": sum(g.num_tokens for g in members),
             }
         artifact.write_manifest(

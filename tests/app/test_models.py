@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from app.errors import ModelError
+from app.generation import GenerationRequest, generate
 from app.ledger import ModelRow
 from app.models import Lineage, check_descent, device_of, ensure_sft, load_model, register_folder
+from app.training.scoring import own_attention
 
 
 @pytest.fixture
@@ -133,3 +136,25 @@ def test_a_champion_of_another_checkpoint_is_refused_and_a_newer_checkpoint_of_t
         ModelError, match=r"descends from the SFT checkpoint `.*checkpoint`, and model.sft is `.*other`"
     ):
         check_descent(ledger, champion.model_id, other, deployment="default")
+
+
+def test_an_architecture_without_stock_sdpa_is_brought_in_and_answers(home, ledger, folder):
+    """Gemma 2 caps its attention scores, which transformers' `sdpa` cannot."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = Gemma2Config(
+        **sizes,
+        vocab_size=vocabulary,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    row = ensure_sft(home, ledger, str(folder))
+    loaded = load_model(home, row.model_id, dtype="float32")
+    assert own_attention(loaded.model) == loaded.model.config._attn_implementation == "eager"
+    request = GenerationRequest((3, 4, 5), temperature=0.0, top_p=1.0, max_tokens=3)
+    (answer,) = generate(loaded, [request])
+    assert len(answer.token_ids) >= 1

@@ -178,6 +178,8 @@ def test_the_training_snapshot_of_version_1_is_read(old, old_ledger):
         template_digest="template",
         max_length=512,
         too_long="drop",
+        unit="pairs",
+        strangers=False,
         reference_digest=loaded_digest(old),
         dtype="bfloat16",
     )
@@ -187,6 +189,8 @@ def test_the_training_snapshot_of_version_1_is_read(old, old_ledger):
             template_digest="template",
             max_length=256,
             too_long="drop",
+            unit="pairs",
+            strangers=False,
             reference_digest=None,
             dtype="bfloat16",
         )

@@ -24,7 +24,7 @@ from app.storage import Home
 from app.training.batch import PackedBatch, step_groups
 from app.training.loop import SingleWorker, make_optimizer, optimise
 from app.training.objectives import load_objective
-from app.training.policy import build_policy
+from app.training.policy import build_policy, precomputed
 from app.training.scoring import ScoringModel
 from app.training.snapshots import Binding, epoch_files, epoch_stream, read_groups, train_files, write_training_snapshot
 from app.training.tokenization import Group, Preference
@@ -150,6 +150,7 @@ def one_process(stage, recipe):
             policy,
             steps,
             objective=load_objective(section.objective, section.options),
+            reference=precomputed,
             optimizer=make_optimizer(policy, section),
             section=section,
             total_steps=len(steps),

@@ -53,6 +53,9 @@ def test_the_tolerance_is_relative(tmp_path):
         ({"policy": {"chosen": [[-1.0]], "rejected": []}}, "needs `chosen` and as many `rejected`"),
         ({"policy": {"chosen": [[]], "rejected": [[-1.0]]}}, "a response without a token"),
         ({"expected": "much"}, "`expected` is no number"),
+        ({"tolerance": -1}, "tolerances must be non-negative"),
+        ({"objective": "sft", "options": {}, "labels": [True]}, "needs one label for each of 4 responses"),
+        ({**KTO, "kl": {"policy": [-1.0], "reference": [-1.0, -2.0]}}, "`kl` has 1 answers of the policy and 2"),
         ({"tolerence": 1}, "unknown key `tolerence`"),
         ({"objective": "kto"}, "`kto` needs one label for each of 4 responses"),
         ({**KTO, "kl": None}, "the case does not have"),
@@ -68,7 +71,7 @@ def test_a_case_that_cannot_be_computed_says_why_and_does_not_pass(tmp_path, cha
 def test_a_file_of_another_format_is_refused(tmp_path, content):
     path = tmp_path / "cases.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match="cases"):
+    with pytest.raises(DataError, match="is no case file|has no cases of format 1"):
         certify(path)
     with pytest.raises(DataError, match="no case file at"):
         certify(tmp_path / "nothing.json")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.training.judgements import balanced, divide, for_unit, with_strangers
+from app.training.judgements import balanced, distinct, divide, for_unit, with_strangers
 from app.training.tokenization import Group, Label, Preference
 
 
@@ -127,6 +127,17 @@ def test_the_rarer_kind_is_weighed_up_until_the_shares_lie_within_1_and_4_thirds
         assert (
             1 - 1e-9 <= liked * options["desirable_weight"] / (disliked * options["undesirable_weight"]) <= 4 / 3 + 1e-9
         )
+
+
+def test_answers_that_are_shared_by_pairs_are_balanced_by_their_weights():
+    """One answer that beats three has the weight of three."""
+    (only,), _ = for_unit([group("1", 4, pairs=[pair(0, k) for k in (1, 2, 3)])], "labels")
+    weights = {liked: sum(x.weight for x in only.labels if x.label == liked) for liked in (True, False)}
+    options = balanced(
+        {"desirable_weight": None, "undesirable_weight": None}, liked=weights[True], disliked=weights[False]
+    )
+    assert options == {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+    assert len(distinct([only])) == 3
 
 
 def test_weights_that_a_recipe_gives_stay():

@@ -28,8 +28,8 @@ from app.training.loop import (
     optimise,
 )
 from app.training.objectives import Objective, load_objective
-from app.training.policy import adapter_off_logps, autocast, build_policy, merged_model, trainable
-from app.training.scoring import generating, plain_logps
+from app.training.policy import adapter_off, autocast, build_policy, frozen, merged_model, precomputed, trainable
+from app.training.scoring import ScoringModel, generating, plain_logps
 from app.training.tokenization import Group, Preference
 
 SECTION = TrainSection(
@@ -49,7 +49,7 @@ def make_groups(count: int) -> list[Group]:
     groups = []
     for i in range(count):
         responses = tuple(draw(3 + (i + k) % 5) + (1,) for k in range(2 + i % 2))
-        pairs = tuple(Preference(0, k, 1.0, f"{i}-{k}", "import") for k in range(1, len(responses)))
+        pairs = tuple(Preference(0, k, 0.5 + 0.25 * k, f"{i}-{k}", "import") for k in range(1, len(responses)))
         groups.append(Group(f"g{i}", f"c{i}", "train", draw(4 + i % 7), responses, pairs))
     return groups
 
@@ -70,6 +70,7 @@ def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTI
             policy,
             steps or list(step_groups(groups, section.batch_pairs)),
             objective=objective,
+            reference=reference_of(policy, section),
             optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section),
             section=section,
             total_steps=20,
@@ -77,6 +78,10 @@ def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTI
         )
     )
     return policy, reports
+
+
+def reference_of(policy, section):
+    return precomputed if section.reference == "precomputed" else adapter_off(policy, section.dtype)
 
 
 def sgd(policy):
@@ -156,11 +161,12 @@ def grown(start, home, tmp_path):
     return build
 
 
-def one_step(policy, groups, *, section, objective, workers):
+def one_step(policy, groups, *, section, objective, workers, reference=None):
     (report,) = optimise(
         policy,
         [groups],
         objective=objective,
+        reference=reference or reference_of(policy, section),
         optimizer=sgd(policy),
         section=section,
         total_steps=20,
@@ -199,7 +205,7 @@ def test_the_kl_of_kto_is_measured_on_answers_to_other_prompts_and_they_are_not_
     divided = [divide(group) for group in groups]
     with torch.no_grad():
         own, strangers = (PackedBatch.pack([d[side] for d in divided]) for side in (0, 1))
-        ratios = [policy(batch).logps - adapter_off_logps(policy, batch) for batch in (own, strangers)]
+        ratios = [policy(batch).logps - adapter_off(policy, SECTION.dtype)(batch) for batch in (own, strangers)]
     gains = 0.5 * (ratios[0][own.responses] - ratios[1].mean().clamp(min=0))
     expected = torch.where(own.desirable, 1 - gains.sigmoid(), 1 - (-gains).sigmoid())
     report, _ = one_step(policy, groups, section=SECTION, objective=objective, workers=SingleWorker())
@@ -220,7 +226,14 @@ def test_imitation_costs_the_likelihood_of_the_good_answers_tokens(start):
     tokens = torch.tensor([len(g.responses[x.response]) for g in groups for x in g.labels])
     nats = -(plain_logps(start().model, groups) * weights).sum() / (tokens * weights).sum()
     assert reports[0].loss == pytest.approx(float(nats), rel=1e-4)
-    measured = measure(policy, groups, objective=objective, section=section, workers=SingleWorker())
+    measured = measure(
+        policy,
+        groups,
+        objective=objective,
+        reference=precomputed,
+        section=section,
+        workers=SingleWorker(),
+    )
     assert measured.pairs == []
     assert len(measured.answers) == reports[0].labels
 
@@ -240,21 +253,28 @@ def test_agreement_weighs_by_how_likely_the_policy_gives_the_answers_itself(star
     assert torch.allclose(found, torch.stack(rows), atol=1e-4)
 
 
-def test_precomputed_and_adapter_off_references_train_the_same(start):
+def test_three_ways_to_a_reference_train_the_same(start, grown):
+    """Read from the snapshot, the policy's own base, or a frozen model beside it."""
     groups = make_groups(6)
-    policy = build_policy(start(), SECTION)
-    logps = adapter_off_logps(policy, PackedBatch.pack(groups)).double().tolist()
+    with torch.no_grad():
+        logps = plain_logps(start().model, groups).double().tolist()
     scored = []
     for group in groups:
         count = len(group.responses)
         scored.append(replace(group, reference_logps=tuple(logps[:count])))
         logps = logps[count:]
-    precomputed = SECTION.model_copy(update={"reference": "precomputed"})
-    one, first = run(start, SECTION, groups, optimizer=sgd)
-    other, second = run(start, precomputed, scored, optimizer=sgd)
-    assert [r.loss for r in first] == pytest.approx([r.loss for r in second], rel=1e-6)
-    for a, b in zip(trainable(one).values(), trainable(other).values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    beside = frozen(ScoringModel(start().model), SECTION.dtype)
+    common = {"section": SECTION, "objective": OBJECTIVE, "workers": SingleWorker()}
+    policies = [grown(SECTION, OBJECTIVE) for _ in range(3)]
+    ways = [precomputed, adapter_off(policies[1], SECTION.dtype), beside]
+    (first, expected), *others = (
+        one_step(policy, scored, reference=way, **common) for policy, way in zip(policies, ways, strict=True)
+    )
+    assert first.loss != pytest.approx(math.log(2), abs=1e-3)
+    for report, gradients in others:
+        assert report.loss == pytest.approx(first.loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
@@ -265,12 +285,14 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
     policy = build_policy(start(), SECTION)
     optimizer = make_optimizer(policy, SECTION)
     common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": SingleWorker()}
-    for report in optimise(policy, steps[:2], optimizer=optimizer, **common):
+    reference = reference_of(policy, SECTION)
+    for report in optimise(policy, steps[:2], reference=reference, optimizer=optimizer, **common):
         save_checkpoint(home, identity, policy, optimizer, step=report.step, reports=[{"step": report.step}])
     resumed = build_policy(start(), SECTION)
     fresh = make_optimizer(resumed, SECTION)
     assert load_newest(home, identity, resumed, fresh) == Resumed(2, ({"step": 2},), ())
-    list(optimise(resumed, steps[2:], optimizer=fresh, done_steps=2, **common))
+    reference = reference_of(resumed, SECTION)
+    list(optimise(resumed, steps[2:], reference=reference, optimizer=fresh, done_steps=2, **common))
     for a, b in zip(trainable(whole).values(), trainable(resumed).values(), strict=True):
         assert torch.equal(a, b)
 
@@ -281,7 +303,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
     optimizer = make_optimizer(policy, SECTION)
     steps = list(step_groups(make_groups(6), 2))[:2]
     for report in optimise(
-        policy, steps, objective=OBJECTIVE, optimizer=optimizer, section=SECTION, total_steps=9, workers=SingleWorker()
+        policy,
+        steps,
+        objective=OBJECTIVE,
+        reference=reference_of(policy, SECTION),
+        optimizer=optimizer,
+        section=SECTION,
+        total_steps=9,
+        workers=SingleWorker(),
     ):
         save_checkpoint(home, identity, policy, optimizer, step=report.step)
     state = home.local("runs", "run", "checkpoints", "step-00000002", "state.safetensors")
@@ -308,7 +337,7 @@ def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_
     section = SECTION.model_copy(update={"reference": "precomputed"})
     policy = build_policy(start(), section)
     common = {"objective": OBJECTIVE, "optimizer": make_optimizer(policy, section), "section": section}
-    common |= {"total_steps": 9, "workers": SingleWorker()}
+    common |= {"total_steps": 9, "workers": SingleWorker(), "reference": precomputed}
     before = {n: p.detach().clone() for n, p in trainable(policy).items()}
     with_bad = [groups[0], bad]
     reports = optimise(policy, [with_bad, groups, with_bad, with_bad, with_bad], **common)
@@ -350,7 +379,7 @@ def test_reference_scores_of_another_model_are_refused_before_the_first_step(sta
     groups = [replace(g, reference_logps=(-1.0,) * len(g.responses)) for g in make_groups(2)]
     section = SECTION.model_copy(update={"reference": "precomputed"})
     with pytest.raises(TrainingError, match="not the same model"):
-        check_step_zero(build_policy(start(), section), groups, section=section)
+        check_step_zero(build_policy(start(), section), groups, reference=precomputed, section=section)
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-4), ("bfloat16", 0.02)])
@@ -392,6 +421,23 @@ def test_a_policy_that_is_lent_to_generate_answers_with_its_adapters_and_trains_
     (one, ours), (other, theirs) = (one_step(p, groups, **common) for p in (policy, untouched))
     assert one.loss == other.loss
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_policy_in_bf16_with_its_fp32_adapters_can_be_lent_too(start):
+    section = SECTION.model_copy(update={"dtype": "bfloat16"})
+    policy = build_policy(start(dtype="bfloat16"), section)
+    request = GenerationRequest(make_groups(1)[0].prompt_ids, temperature=0.0, top_p=1.0, max_tokens=5)
+    with generating(policy) as model, autocast(model.device, "bfloat16"):
+        (found,) = generate(replace(start(), model=model), [request])
+    (expected,) = generate(start(dtype="bfloat16"), [request])
+    assert found.logps == pytest.approx(expected.logps, abs=0.1)
+
+
+def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
+    identity = RunIdentity("run", "snapshot", "digest", "recipe")
+    policy = build_policy(start(), SECTION)
+    save_checkpoint(home, identity, policy, make_optimizer(policy, SECTION), step=1)
+    assert load_newest(home, identity, policy, make_optimizer(policy, SECTION)).step == 1
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
@@ -436,6 +482,7 @@ def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, 
         base = base[count:]
     section = section.model_copy(update={"reference": reference})
     settings = {"objective": OBJECTIVE, "section": section, "workers": SingleWorker()}
+    settings["reference"] = reference_of(policy, section)
     before = measure(policy, scored, **settings)
     model, measures = measure_exported(policy, scored, **settings)
     logps = plain_logps(model, groups)
@@ -465,7 +512,14 @@ def test_two_ranks_measure_the_exported_weights_like_one(start, reference):
             for name, parameter in trainable(policy).items():
                 if "lora_B" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        _, rows = measure_exported(policy, groups, objective=OBJECTIVE, section=section, workers=workers)
+        _, rows = measure_exported(
+            policy,
+            groups,
+            objective=OBJECTIVE,
+            reference=reference_of(policy, section),
+            section=section,
+            workers=workers,
+        )
         return rows.pairs
 
     one, shares = measures(0, 1), [measures(rank, 2) for rank in (0, 1)]
@@ -482,7 +536,9 @@ def test_full_fine_tuning_leaves_its_fp32_weights(start):
     )
     groups = [replace(group, reference_logps=(0.0,) * len(group.responses)) for group in make_groups(4)]
     policy, _ = run(start, section, groups, steps=[groups] * 3)
-    model, _ = measure_exported(policy, groups, objective=OBJECTIVE, section=section, workers=SingleWorker())
+    model, _ = measure_exported(
+        policy, groups, objective=OBJECTIVE, reference=precomputed, section=section, workers=SingleWorker()
+    )
     before, after = start().model.state_dict(), model.state_dict()
     changed = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
     survive = [n for n in changed if not torch.equal(after[n].bfloat16().float(), after[n])]
@@ -493,7 +549,14 @@ def test_full_fine_tuning_leaves_its_fp32_weights(start):
 def test_held_out_pairs_are_all_measured(start):
     groups = make_groups(5)
     policy = build_policy(start(), SECTION)
-    rows = measure(policy, groups, objective=OBJECTIVE, section=SECTION, workers=SingleWorker()).pairs
+    rows = measure(
+        policy,
+        groups,
+        objective=OBJECTIVE,
+        reference=reference_of(policy, SECTION),
+        section=SECTION,
+        workers=SingleWorker(),
+    ).pairs
     assert sorted(r.pair_id for r in rows) == sorted(p.pair_id for g in groups for p in g.pairs)
     assert all(r.margin == 0 for r in rows)
 

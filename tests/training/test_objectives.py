@@ -172,6 +172,14 @@ def strange(policy_logps, chosen, rejected, temperature) -> Losses:
     raise NotImplementedError
 
 
+def needy(policy_logps, chosen, rejected, *, strength: float) -> Losses:
+    raise NotImplementedError
+
+
+def adrift(policy_logps, chosen, rejected, kl) -> Losses:
+    raise NotImplementedError
+
+
 def half(policy_logps, chosen) -> Losses:
     raise NotImplementedError
 
@@ -189,6 +197,10 @@ def test_a_function_of_ones_own_gets_what_it_asks_for():
         (f"{__name__}:nothing", {}, "has no attribute 'nothing'"),
         (f"{__name__}:own", {"pul": 1}, "has no option `pul`\n\nHint: its options are pull."),
         (f"{__name__}:strange", {}, "asks for `temperature`\n\nHint: it can have policy_logps"),
+        ("app.training.objectives:robust", {"beta": 1, "smoothing": 2}, "has no option `smoothing`"),
+        (f"{__name__}:needy", {}, "needs the option `strength`, which has no default"),
+        (f"{__name__}:adrift", {}, "asks for `kl`, which is estimated for judged answers only"),
+        ("this.is.not:there", {}, "no objective `this.is.not:there`"),
         (f"{__name__}:half", {}, "must ask for `chosen` and `rejected`, or for `responses`"),
     ],
 )

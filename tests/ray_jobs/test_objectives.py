@@ -1,0 +1,199 @@
+"""Objectives that do not learn from pairs against a reference, through `prepare` and the train job."""
+
+import io
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+import ray
+import sqlalchemy as sa
+from rich.console import Console
+
+from app.config import PairSection, parse_recipe
+from app.errors import DataError
+from app.evaluation.learning import Learning, Likelihood
+from app.ledger import Ledger, RunStepRow
+from app.models import ensure_sft, load_model
+from app.preferences.snapshots import write_pair_snapshot
+from app.schemas import Message, Pair, Response, Split
+from app.storage import Home
+from app.training.batch import step_groups
+from app.training.judgements import balanced, divide
+from app.training.loop import SingleWorker, make_optimizer, optimise
+from app.training.objectives import load_objective
+from app.training.policy import build_policy, precomputed
+from app.training.snapshots import epoch_files, epoch_stream, read_groups, train_files
+from ray_jobs.prepare import prepare
+from ray_jobs.train import train
+from ray_jobs.worker import SHUFFLE_WINDOW
+
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, tiny_model):
+    """A home with 40 pairs and 20 lone judgements, some of them on prompts that have pairs too."""
+    home = Home.at(tmp_path_factory.mktemp("objectives") / "home")
+    ledger = Ledger.open(home.ledger_url)
+    ensure_sft(home, ledger, str(tiny_model))
+    rows = []
+    for i in range(40):
+        good, bad = (Response(f"{word} number {i} " * (1 + (i + k) % 3)) for k, word in enumerate(("yes", "no")))
+        rows.append(pair(f"Question {i}", good, bad))
+    for i in range(20):
+        liked = i % 3 == 0
+        answer = Response(f"{'yes' if liked else 'no'} again {i}")
+        lone = pair(f"Question {2 * i + 30}", *((answer, None) if liked else (None, answer)))
+        rows.append(replace(lone, label=liked))
+    row = write_pair_snapshot(
+        home,
+        ledger,
+        rows,
+        section=PairSection(held_out_fraction=0.3),
+        quarantine=(),
+        counts={},
+        origin={"kind": "import"},
+    )
+    yield home, ledger, row.snapshot_id, str(tiny_model)
+    ledger.close()
+
+
+def pair(text: str, chosen: Response | None, rejected: Response | None) -> Pair:
+    return Pair((Message("user", text),), chosen, rejected, source="import", split="", cluster="", created_at=MOMENT)
+
+
+def recipe_for(sft: str, objective: str, **train_section):
+    section = {
+        "objective": objective,
+        "dtype": "float32",
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        "batch_pairs": 12,
+        "micro_batch_tokens": 128,
+        "lora": {"r": 4, "alpha": 8},
+    }
+    tree = {
+        "name": "tiny",
+        "model": {"sft": sft},
+        "pairs": {"min_pairs": 5},
+        "prepare": {"max_length": 128},
+        "train": section | train_section,
+        "workers": {"workers": 2, "cpus_per_worker": 1},
+    }
+    return parse_recipe(tree, place="test")
+
+
+def one_process(home, snapshot_id, recipe):
+    """The same run by the bare loop."""
+    section = recipe.train
+    snapshot = home.artifact("training", snapshot_id)
+    counts = snapshot.manifest()["splits"]["train"]
+    options = balanced(section.options, liked=counts["liked"], disliked=counts["labels"] - counts["liked"])
+    objective = load_objective(section.objective, options)
+    model = load_model(home, snapshot_model(home), dtype="float32")
+    policy = build_policy(model, section, agreement="agreement" in objective.needs)
+    groups, files = read_groups(snapshot, Split.TRAIN), train_files(snapshot)
+
+    def rows():
+        for epoch in range(section.epochs):
+            ordered = epoch_files(files, seed=section.seed, epoch=epoch)
+            stream = (groups[f.first + i] for f in ordered for i in range(len(f.judgements)))
+            yield from epoch_stream(stream, ordered, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
+
+    steps = list(step_groups(rows(), section.batch_pairs))
+    return list(
+        optimise(
+            policy,
+            steps,
+            objective=objective,
+            reference=precomputed,
+            optimizer=make_optimizer(policy, section),
+            section=section,
+            total_steps=len(steps),
+            workers=SingleWorker(),
+        )
+    )
+
+
+def snapshot_model(home) -> str:
+    (model,) = (path.name for path in home.local("models").iterdir() if path.is_dir())
+    return model
+
+
+def train_and_compare(stage, objective: str, **train_section):
+    home, ledger, pairs, sft = stage
+    recipe = recipe_for(sft, objective, **train_section)
+    prepared = prepare(home, ledger, recipe, pairs)
+    expected = one_process(home, prepared.snapshot_id, recipe)
+    result = train(home, ledger, recipe, prepared.snapshot_id, run_id=f"run-{objective.rpartition(':')[2]}")
+    with ledger.read() as session:
+        rows = session.scalars(
+            sa.select(RunStepRow).where(RunStepRow.run_id == result.run_id).order_by(RunStepRow.step)
+        ).all()
+    assert len(rows) == len(expected) >= 4
+    for row, report in zip(rows, expected, strict=True):
+        assert row.metrics["loss"] == pytest.approx(report.loss, rel=1e-4)
+        assert (row.metrics["pairs"], row.metrics["labels"]) == (report.pairs, report.labels)
+        assert row.metrics["kl"] == (None if report.kl is None else pytest.approx(report.kl, rel=1e-3, abs=1e-6))
+    return prepared, result, rows
+
+
+@pytest.fixture
+def of_first_models(stage):
+    """Every run here starts from the one SFT model; what it made is removed, so that the next finds one model."""
+    import shutil
+
+    yield
+    home = stage[0]
+    for path in home.local("models").iterdir():
+        if path.name.startswith("tiny-"):
+            shutil.rmtree(path)
+
+
+def test_kto_learns_from_pairs_and_lone_judgements_with_the_kl_of_the_whole_step(cluster, stage, of_first_models):
+    prepared, result, rows = train_and_compare(stage, "kto", canary_every=2)
+    manifest = prepared.manifest
+    assert (manifest["binding"]["unit"], manifest["binding"]["strangers"]) == ("labels", True)
+    assert manifest["splits"]["train"]["pairs"] == 0
+    assert manifest["splits"]["held_out"]["pairs"] > 0
+    groups = read_groups(stage[0].artifact("training", prepared.snapshot_id), Split.TRAIN)
+    assert sum(len(strangers.responses) for _, strangers in map(divide, groups) if strangers) == sum(
+        len(g.labels) for g in groups
+    )
+    assert rows[0].metrics["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert rows[-1].metrics["kl"] != 0.0
+    assert all("canary_finished" in row.metrics for row in rows[1::2])
+    assert isinstance(result.learning, Learning)
+    assert result.learning.pairs == manifest["splits"]["held_out"]["pairs"]
+
+
+@pytest.mark.full
+def test_imitation_is_measured_against_the_model_that_it_started_from(cluster, stage, of_first_models):
+    prepared, result, rows = train_and_compare(stage, "sft", learning_rate=2e-2)
+    assert prepared.manifest["binding"]["reference_digest"] is None
+    assert rows[-1].metrics["loss"] < rows[0].metrics["loss"]
+    assert isinstance(result.learning, Likelihood)
+    assert result.learning.learned, result.learning.table()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("objective", ["simpo", "orpo", "app.training.objectives:cpo", "apo_zero_unpaired"])
+def test_other_objectives_train_in_the_job_as_in_one_process(cluster, stage, of_first_models, objective):
+    _, result, rows = train_and_compare(stage, objective)
+    assert isinstance(result.learning, Learning)
+    free = objective != "apo_zero_unpaired"
+    assert (rows[0].metrics["chosen_fell"] is None) == free
+
+
+def test_a_snapshot_of_another_kind_of_objective_is_refused(cluster, stage):
+    home, ledger, pairs, sft = stage
+    prepared = prepare(home, ledger, recipe_for(sft, "simpo"), pairs, console=Console(file=io.StringIO()))
+    with pytest.raises(DataError, match=r"holds pairs, the objective needs labels with answers to other prompts"):
+        train(home, ledger, recipe_for(sft, "kto"), prepared.snapshot_id, run_id="wrong")
