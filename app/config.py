@@ -192,6 +192,29 @@ OBJECTIVE_OPTIONS: Mapping[str, type[Section]] = {
 """The objectives that ship, with their options; the functions are those of `app.training.objectives`."""
 
 
+_USUAL: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    # Zephyr 0.01, the paper's TL;DR 0.5, Together 0.05 to 0.9
+    **{key: {"beta": (0.01, 0.9)} for key in ("dpo", "robust", "ipo", "hinge", "apo_zero", "apo_down", "dpop")},
+    # Tulu 3 and OLMo 3: 5
+    "dpo_norm": {"beta": (1.0, 15.0)},
+    # its authors: beta 2 to 10, gamma / beta from 0 to 1
+    "simpo": {"beta": (1.0, 10.0), "gamma_beta_ratio": (0.0, 1.0)},
+    "cpo": {"beta": (0.01, 0.9)},
+    "orpo": {"lambda": (0.01, 1.0)},
+    **{key: {"beta": (0.01, 0.5)} for key in ("kto", "apo_zero_unpaired")},
+}
+"""Ranges of options in which published runs lie."""
+
+
+def unusual_options(objective: str, options: Mapping[str, Any]) -> list[str]:
+    """Say which options lie outside of what published runs of the objective used; nothing for an objective of one's own."""
+    return [
+        f"train.options.{name} = {options[name]:g} is outside of what {objective} is used with, {low:g} to {high:g}"
+        for name, (low, high) in _USUAL.get(objective, {}).items()
+        if not low <= options[name] <= high
+    ]
+
+
 REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
 """Objectives that hold the policy against no reference."""
 

@@ -25,7 +25,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from app.config import Recipe, TrainSection
+from app.config import Recipe, TrainSection, unusual_options
 from app.errors import DataError, ModelError, PrefloopError, RecipeError, TrainingError, WorkersLost
 from app.evaluation.learning import Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
@@ -122,6 +122,9 @@ def train(
             finite), which is not tried again.
         ModelError: a worker cannot load, pack or adapt the model; not tried again either.
     """
+    for warning in unusual_options(recipe.train.objective, recipe.train.options):
+        if console is not None:
+            console.print(f"warning: {warning}", highlight=False, markup=False)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     snapshot = home.artifact("training", training_snapshot_id)

@@ -171,9 +171,14 @@ def encode_groups(
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[int]:
     try:
-        return render_prompt(tokenizer, pair.prompt, pair.tools)
+        ids = render_prompt(tokenizer, pair.prompt, pair.tools)
     except ModelError:
         raise _Rejected("template_error") from None
+    begin = tokenizer.bos_token_id
+    # ChatML begins every turn with it, so only two in a row at the beginning are wrong.
+    if begin is not None and ids[:2] == [begin, begin]:
+        raise _Rejected("two_begin_tokens")
+    return ids
 
 
 def _response_ids(
@@ -194,6 +199,8 @@ def _response_ids(
             ids.pop()
     elif not ids or ids[-1] not in end_ids:
         raise _Rejected("no_end_token")
+    elif len(ids) > 1 and ids[-2] in end_ids:
+        raise _Rejected("two_end_tokens")
     if not ids or (not cut and len(ids) == 1):
         raise _Rejected("no_scored_token")
     return tuple(ids)

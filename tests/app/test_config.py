@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.config import PairSection, Recipe, load_recipe, parse_recipe
+from app.config import OBJECTIVE_OPTIONS, PairSection, Recipe, load_recipe, parse_recipe, unusual_options
 from app.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -133,3 +133,31 @@ def test_every_key_says_what_it_is():
 
     undocumented = [place for place, description in walk(Recipe, "") if not description and place != "name"]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "told"),
+    [
+        ("dpo", {"beta": 5}, ["train.options.beta = 5 is outside of what dpo is used with, 0.01 to 0.9"]),
+        ("dpo_norm", {"beta": 5}, []),
+        ("simpo", {"beta": 0.1, "gamma_beta_ratio": 5}, ["train.options.beta = 0.1", "gamma_beta_ratio = 5"]),
+        ("orpo", {"lambda": 3}, ["train.options.lambda = 3 is outside of what orpo is used with, 0.01 to 1"]),
+        ("my.module:loss", {"beta": 99}, []),
+    ],
+)
+def test_an_option_outside_of_what_its_objective_is_used_with_is_told(objective, options, told):
+    train = parse_recipe({"name": "x", "train": {"objective": objective, "options": options}}, place="x").train
+    found = unusual_options(train.objective, train.options)
+    assert len(found) == len(told)
+    assert all(words in line for words, line in zip(told, found, strict=True))
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_no_default_is_outside_of_what_its_objective_is_used_with(name):
+    train = parse_recipe({"name": "x", "train": {"objective": name}}, place="x").train
+    assert unusual_options(train.objective, train.options) == []
+
+
+def test_a_key_that_moved_is_named_with_its_new_place():
+    with pytest.raises(RecipeError, match=r"`train.beta`: it is `train.options.beta` now"):
+        parse_recipe({"name": "x", "train": {"beta": 0.1}}, place="x")

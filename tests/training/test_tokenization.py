@@ -1,5 +1,6 @@
 """Token ids: sampled ids are kept, cut answers never train an end token, every row is accounted for."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -93,3 +94,17 @@ def test_a_template_that_does_not_preserve_the_prompt_is_found(tokenizer):
     changed.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     _, audit = encode(changed, [pair(Response("a"), Response("b"))], template_digest=template_digest(changed))
     assert audit.dropped == {"template_not_prefix_preserving": 1}
+
+
+@pytest.mark.parametrize("reason", ["two_begin_tokens", "two_end_tokens"])
+def test_a_template_that_doubles_the_first_or_the_last_token_is_found_out(tokenizer, reason):
+    doubled = copy.deepcopy(tokenizer)
+    begin = doubled.convert_tokens_to_ids("<|im_start|>")
+    if reason == "two_begin_tokens":
+        doubled.bos_token = "<|im_start|>"
+        assert doubled.bos_token_id == begin
+        doubled.chat_template = "<|im_start|>" + doubled.chat_template
+    else:
+        doubled.chat_template = doubled.chat_template.replace("<|im_end|>", "<|im_end|><|im_end|>")
+    _, audit = encode(doubled, [pair(Response("a"), Response("b"))])
+    assert (audit.kept, audit.dropped) == (0, {reason: 1})
