@@ -217,6 +217,8 @@ def unusual_options(objective: str, options: Mapping[str, Any]) -> list[str]:
 
 REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
 """Objectives that hold the policy against no reference."""
+TAKES_LONE_ANSWERS = frozenset({"sft", "kto", "apo_zero_unpaired"})
+"""Objectives that learn from answers which were judged by themselves, too; the others from pairs only."""
 
 
 class TrainSection(Section):

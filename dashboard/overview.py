@@ -23,7 +23,7 @@ def _state() -> None:
     ledger = parts.ledger()
     state = reads.loop(ledger, where.deployment)
     at = now()
-    pairs = reads.trainable_pairs(state.pairs) if state.pairs else 0
+    pairs = reads.trainable_rows(state.pairs, where.objective) if state.pairs else 0
     advice = advise(state, pairs=pairs, min_pairs=where.min_pairs, recipe=where.recipe_name, at=at)
     _strip(state, advice, pairs, where.min_pairs, at)
     _next(advice)

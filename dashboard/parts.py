@@ -12,7 +12,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app.config import PairSection, ServingSection, load_recipe
+from app.config import PairSection, ServingSection, TrainSection, load_recipe
 from app.errors import PrefloopError, ServiceError
 from app.ledger import Ledger
 from app.services import Services
@@ -31,6 +31,7 @@ class Standing:
     recipe_path: str | None
     deployment: str
     min_pairs: int
+    objective: str
 
     @property
     def recipe_name(self) -> str:
@@ -41,15 +42,15 @@ class Standing:
 def standing() -> Standing:
     """Read where the dashboard stands from its environment; a broken recipe stops the page with its faults."""
     path = os.environ.get(RECIPE_VARIABLE) or None
-    pairs, serving = PairSection(), ServingSection()
+    pairs, serving, train = PairSection(), ServingSection(), TrainSection()
     if path is not None:
         try:
             recipe = load_recipe(path)
         except PrefloopError as error:
             show_problem(error)
             st.stop()
-        pairs, serving = recipe.pairs, recipe.serving
-    return Standing(Home.from_environment(), path, serving.deployment, pairs.min_pairs)
+        pairs, serving, train = recipe.pairs, recipe.serving, recipe.train
+    return Standing(Home.from_environment(), path, serving.deployment, pairs.min_pairs, train.objective)
 
 
 def ledger() -> Ledger:

@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from app.config import TAKES_LONE_ANSWERS
 from app.errors import DataError
 from app.ledger import (
     AuditRow,
@@ -337,9 +338,13 @@ def manifest_simulated(row: SnapshotRow) -> int:
     return int(row.manifest.get("counts", {}).get("simulated", 0))
 
 
-def trainable_pairs(row: SnapshotRow) -> int:
-    """Return how many pairs count towards the least number that trains: neither unpaired rows nor held-out pairs do."""
-    return int(row.manifest.get("counts", {}).get("pairs_by_split", {}).get("train", 0))
+def trainable_rows(row: SnapshotRow, objective: str) -> int:
+    """Return how many rows count towards the least number that trains.
+
+    Held-out rows do not, and lone answers only where the objective learns from them.
+    """
+    kind = "by_split" if objective in TAKES_LONE_ANSWERS else "pairs_by_split"
+    return int(row.manifest.get("counts", {}).get(kind, {}).get("train", 0))
 
 
 def manifest_funnel(row: SnapshotRow) -> list[tuple[str, int]]:

@@ -135,3 +135,11 @@ def test_the_rows_of_a_large_snapshot_are_sliced_not_loaded(home: Home, ledger: 
     assert len(reads.pair_page(home, "large", source="edit", split="train", offset=0, limit=50)) == 50
     assert reads.pair_counts(home, "large").by_source == {"edit": MANY}
     assert time.perf_counter() - began < 5
+
+
+def test_lone_answers_count_towards_the_least_number_where_the_objective_learns_from_them() -> None:
+    counts = {"by_split": {"train": 9, "held_out": 3}, "pairs_by_split": {"train": 4, "held_out": 1}}
+    row = SnapshotRow(snapshot_id="s", kind="pairs", uri="", manifest={"counts": counts}, created_at=now())
+    assert reads.trainable_rows(row, "dpo") == 4
+    assert reads.trainable_rows(row, "package.module:function") == 4
+    assert reads.trainable_rows(row, "kto") == 9

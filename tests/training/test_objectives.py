@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, parse_recipe
+from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, TAKES_LONE_ANSWERS, parse_recipe
 from app.errors import RecipeError
 from app.training import certify, objectives
 from app.training.objectives import Losses, Scored, load_objective
@@ -93,7 +93,9 @@ def test_the_options_of_a_recipe_are_those_of_the_function_with_its_defaults(nam
     if "desirable_weight" in taken:  # no default: a recipe may leave them to the data
         taken |= {"desirable_weight": None, "undesirable_weight": None}
     assert found == taken
-    assert (name in REFERENCE_FREE) == (not load_objective(name, {}).has_reference)
+    objective = shipped(name)
+    assert (name in REFERENCE_FREE) == (not objective.has_reference)
+    assert (name in TAKES_LONE_ANSWERS) == (objective.unit != "pairs")
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust", "dpo_norm", "dpop"])
