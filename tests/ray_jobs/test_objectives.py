@@ -39,30 +39,36 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, tiny_model):
-    """A home with 40 pairs and 20 lone judgements, some of them on prompts that have pairs too."""
+    """A home with 60 pairs and 20 lone judgements, some of them on prompts that have pairs too."""
     home = Home.at(tmp_path_factory.mktemp("objectives") / "home")
     ledger = Ledger.open(home.ledger_url)
     ensure_sft(home, ledger, str(tiny_model))
     rows = []
-    for i in range(40):
+    for i in range(60):
         good, bad = (Response(f"{word} number {i} " * (1 + (i + k) % 3)) for k, word in enumerate(("yes", "no")))
-        rows.append(pair(f"Question {i}", good, bad))
+        rows.append(pair(prompt(i), good, bad))
     for i in range(20):
         liked = i % 3 == 0
         answer = Response(f"{'yes' if liked else 'no'} again {i}")
-        lone = pair(f"Question {2 * i + 30}", *((answer, None) if liked else (None, answer)))
+        lone = pair(prompt(2 * i + 40), *((answer, None) if liked else (None, answer)))
         rows.append(replace(lone, label=liked))
     row = write_pair_snapshot(
         home,
         ledger,
         rows,
-        section=PairSection(held_out_fraction=0.3),
+        section=PairSection(held_out_fraction=0.35),
         quarantine=(),
         counts={},
         origin={"kind": "import"},
     )
     yield home, ledger, row.snapshot_id, str(tiny_model)
     ledger.close()
+
+
+def prompt(number: int) -> str:
+    """Return one of a hundred prompts of which no two are near-duplicates."""
+    words = ("red", "blue", "tall", "small", "kind", "old", "new", "warm", "loud", "thin")
+    return f"{words[number // 10]} {'abcdefghij'[number % 10]}?"
 
 
 def pair(text: str, chosen: Response | None, rejected: Response | None) -> Pair:
@@ -95,7 +101,7 @@ def one_process(home, snapshot_id, recipe):
     section = recipe.train
     snapshot = home.artifact("training", snapshot_id)
     counts = snapshot.manifest()["splits"]["train"]
-    options = balanced(section.options, liked=counts["liked"], disliked=counts["labels"] - counts["liked"])
+    options = balanced(section.options, liked=counts["liked_weight"], disliked=counts["disliked_weight"])
     objective = load_objective(section.objective, options)
     model = load_model(home, snapshot_model(home), dtype="float32")
     policy = build_policy(model, section, agreement="agreement" in objective.needs)
