@@ -27,7 +27,7 @@ from rich.console import Console
 
 from app.config import Recipe, TrainSection, unusual_options
 from app.errors import DataError, ModelError, PrefloopError, RecipeError, TrainingError, WorkersLost
-from app.evaluation.learning import Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
+from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
@@ -355,7 +355,7 @@ def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
     pairs, answers = measures.pairs, measures.answers
     if any(answer.start_logp is not None for answer in answers):
         return judge_likelihood(answers, level=0.95, seed=seed)
-    if answers and len({pair.cluster for pair in pairs}) < 10:
+    if answers and len({pair.cluster for pair in pairs}) < FEW_CLUSTERS:
         return judge_answers(answers, level=0.95, seed=seed)
     return judge_learning(pairs, level=0.95, seed=seed) if pairs else None
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
 
-_FEW_CLUSTERS = 10
+FEW_CLUSTERS = 10
+"""Resamples of fewer prompt clusters than this say nothing about answers that are judged one by one."""
 _SAME_LENGTH = 0.2
 """Share of the longer answer by which two may differ and count as of the same length."""
 
@@ -208,7 +209,7 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
     nothing.
     """
     good = np.array([a.desirable for a in answers], dtype=bool)
-    if good.all() or not good.any() or len({a.cluster for a in answers}) < _FEW_CLUSTERS:
+    if good.all() or not good.any() or len({a.cluster for a in answers}) < FEW_CLUSTERS:
         return None
     rewards, tokens = np.array([a.reward for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
     index = {name: i for i, name in enumerate(dict.fromkeys(a.cluster for a in answers))}
@@ -239,7 +240,7 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
 
 def judge_likelihood(answers: Sequence[ImitatedAnswer], *, level: float, seed: int) -> Likelihood | None:
     """Compare the likelihood of held-out answers with what the start model gave them; None for fewer than ten clusters."""
-    if len({a.cluster for a in answers}) < _FEW_CLUSTERS:
+    if len({a.cluster for a in answers}) < FEW_CLUSTERS:
         return None
     before = [-(a.start_logp if a.start_logp is not None else float("nan")) for a in answers]
     after = [-a.logp for a in answers]
