@@ -540,4 +540,5 @@ def _usage(answer: Answer) -> dict[str, int]:
 
 
 def _sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    # In ASCII: many clients (httpx's `iter_lines` among them) also end a line at U+0085 and U+2028, which JSON lets stand.
+    return f"data: {json.dumps(content)}\n\n"

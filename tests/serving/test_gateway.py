@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -134,6 +135,14 @@ def test_a_stream_grows_to_the_whole_answer_and_ends_with_its_reason(call, ledge
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "Hello you"
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
     assert {c["id"] for c in chunks} == {responses(ledger)[0].response_id}
+
+
+def test_a_stream_survives_clients_that_end_lines_wherever_unicode_does(script, call):
+    text = "one\u2028two\x85three\u2029\x0bé\x1c😀"
+    script.events = (STARTED, Delta(text[:6]), replace(ANSWER, text=text))
+    reply = call("POST", "/v1/chat/completions", json=HELLO | {"stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == text
 
 
 def test_a_stream_is_recorded_before_its_last_event_is_sent(script, ledger):
