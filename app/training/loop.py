@@ -100,6 +100,8 @@ class StepReport:
     labels: int
     tokens: int
     seconds: float
+    wait_seconds: float = 0.0
+    """How long this rank waited for the groups of the step, which `seconds` leaves out."""
     skipped: tuple[str, ...] = ()
     """Ids of the rows that were not finite, where the step made no update."""
 
@@ -191,7 +193,7 @@ def optimise(
     parameters = list(trainable(policy).values())
     device = parameters[0].device
     failures = 0
-    for step, groups in enumerate(steps, start=done_steps):
+    for step, (groups, waited) in enumerate(_waited_for(steps), start=done_steps):
         began = time.perf_counter()
         policy.train()
         optimizer.zero_grad(set_to_none=False)
@@ -219,6 +221,7 @@ def optimise(
                 step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
             ),
             seconds=time.perf_counter() - began,
+            wait_seconds=waited,
         )
         if report.loss is None or report.grad_norm is None:
             # Sums and norm are the same on every rank, so all of them come here.
@@ -394,6 +397,17 @@ def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: Tra
     return apart
 
 
+def _waited_for(steps: Iterable[Sequence[Group]]) -> Iterator[tuple[Sequence[Group], float]]:
+    """Yield each step with the seconds that it was waited for."""
+    iterator = iter(steps)
+    while True:
+        asked = time.perf_counter()
+        groups = next(iterator, None)
+        if groups is None:
+            return
+        yield groups, time.perf_counter() - asked
+
+
 def _noise(found: Tensor, expected: Tensor, batch: PackedBatch) -> float:
     """Return the root mean square over responses of their difference divided by the root of their tokens, in nats."""
     return float(((found - expected).double().square() / batch.token_counts).mean().sqrt())
@@ -560,7 +574,14 @@ class _Sums:
         self.values += torch.tensor(row, dtype=torch.float64, device=self.values.device)
 
     def report(
-        self, *, step: int, kl: float | None, grad_norm: float, learning_rate: float, seconds: float
+        self,
+        *,
+        step: int,
+        kl: float | None,
+        grad_norm: float,
+        learning_rate: float,
+        seconds: float,
+        wait_seconds: float,
     ) -> StepReport:
         total = dict(zip(self._NAMES, self.values.tolist(), strict=True))
 
@@ -586,4 +607,5 @@ class _Sums:
             labels=int(total["labels"]),
             tokens=int(total["tokens"]),
             seconds=seconds,
+            wait_seconds=wait_seconds,
         )

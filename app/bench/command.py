@@ -1,0 +1,173 @@
+"""What `prefloop bench` does: make the work, run the arms, tell the ratios, compare them with what is expected."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from app.bench.ablate import ablate
+from app.bench.flops import ModelShape, gemm_peak
+from app.bench.headline import compare_headline
+from app.bench.train import BATCH, Say, compare_trainers, require_rival
+from app.bench.work import Work, all_pairs, best_against_rest, read_work, sampled_groups
+from app.errors import RecipeError
+from app.ledger import Ledger
+from app.models import LoadedModel, ensure_sft, load_model
+from app.schemas import Pair
+from app.storage import Home
+from app.training.tokenization import Group
+
+_RATIOS = ("online", "cached", "cached, 2 epochs", "steady", "headline")
+_LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to compare on which work."""
+
+    data: Path
+    pairs: int
+    """At most; what does not fill an optimizer step is left out."""
+    max_length: int
+    dtype: Literal["float32", "bfloat16"]
+    adapter: Literal["lora", "full"]
+    answers: int | None
+    """Sample so many answers to each prompt, instead of taking the pairs of the data."""
+    rounds: int
+    model: str
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark found."""
+
+    lines: list[str]
+    tree: dict[str, Any]
+    missed: list[str]
+    """Ratios below what was expected."""
+
+
+def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], say: Say) -> Outcome:
+    """Compare our trainer with TRL's; progress is told to `say`.
+
+    Raises:
+        TrainingError: TRL is not there, an arm failed, or the two trainers do not compute the same.
+        DataError: the data has too few usable pairs.
+        RecipeError: an expectation is malformed or of a ratio that is not measured.
+    """
+    require_rival()
+    expected = _expected(expect)
+    measured = tuple(r for r in _RATIOS if settings.answers is None or r != "headline")
+    kinds = [""] if settings.answers is None else ["best against the rest: ", "all pairs: "]
+    known = [kind + ratio for kind in kinds for ratio in measured]
+    if strange := [name for name in expected if name not in known]:
+        msg = f"`--expect {strange[0]}`: no such ratio; there are: {', '.join(f'`{name}`' for name in known)}"
+        raise RecipeError(msg)
+    bench_home, works, pairs = _works(home, settings)
+    loaded = load_model(bench_home, works[kinds[0]].model_id, dtype=settings.dtype)
+    shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
+    del loaded
+    peak = gemm_peak(settings.dtype, threads)
+    lines, missed = [], []
+    tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
+    for kind, work in works.items():
+        wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
+        title = f"{kind}{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
+        found = compare_trainers(title, work, shape=shape, peak=peak, rounds=settings.rounds, say=say)
+        ratios = list(found.ratios)
+        lines += found.lines(wanted)
+        tree["works"][kind or "pairs"] = found.tree()
+        if settings.answers is None:
+            bare = found.measured["prefloop cached"]
+            headline = compare_headline(work, pairs, bare, rounds=settings.rounds, say=say)
+            ratios.append(headline.ratio)
+            lines += headline.lines(wanted.get("headline"))
+            tree["headline"] = asdict(headline) | {"median": headline.ratio.median}
+        missed += [kind + r.name for r in ratios if r.name in wanted and r.median < wanted[r.name]]
+    return Outcome(lines, tree, missed)
+
+
+def bench_ablate(home: Home, settings: BenchSettings, *, say: Say) -> Outcome:
+    """Take one technique away at a time from our own step."""
+    _, works, _ = _works(home, settings)
+    lines, tree = [], {}
+    for kind, work in works.items():
+        found = ablate(work, rounds=settings.rounds, say=say)
+        lines += [f"{kind}{work.pairs} pairs on {len(work.groups)} prompts", *(row.line() for row in found)]
+        tree[kind or "pairs"] = [asdict(row) for row in found]
+    return Outcome(lines, tree, [])
+
+
+def _expected(given: Sequence[str]) -> dict[str, float]:
+    """Read `RATIO=X`; raises RecipeError where it is not of this form."""
+    found = {}
+    for text in given:
+        name, _, value = text.rpartition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            msg = f"`--expect {text}` is not of the form RATIO=NUMBER"
+            raise RecipeError(msg) from None
+    return found
+
+
+def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], Sequence[Pair]]:
+    """Return the home of benchmarks, the works by kind, and the pairs as text where the data has them."""
+    bench_home = Home.at(home.local("bench"))
+    ledger = Ledger.open(bench_home.ledger_url)
+    model_id = ensure_sft(bench_home, ledger, settings.model).model_id
+    ledger.close()
+    loaded = load_model(bench_home, model_id, dtype="bfloat16")
+
+    def work(groups: Sequence[Group], batch_pairs: int) -> Work:
+        return Work(
+            home_uri=bench_home.uri,
+            sft=settings.model,
+            model_id=model_id,
+            groups=tuple(groups),
+            adapter=settings.adapter,
+            dtype=settings.dtype,
+            max_length=settings.max_length,
+            batch_pairs=batch_pairs,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            learning_rate=_LEARNING_RATES[settings.adapter],
+            threads=len(psutil.Process().cpu_affinity() or [0]),
+        )
+
+    if settings.answers is None:
+        pairs, groups = read_work(
+            settings.data, loaded, max_length=settings.max_length, pairs=settings.pairs, batch_pairs=BATCH
+        )
+        return bench_home, {"": work(groups, BATCH)}, pairs
+    return bench_home, _sampled(bench_home, settings, loaded, work), ()
+
+
+def _sampled(
+    home: Home, settings: BenchSettings, loaded: LoadedModel, work: Callable[[Sequence[Group], int], Work]
+) -> dict[str, Work]:
+    answers = settings.answers
+    assert answers is not None  # noqa: S101  the caller asked
+    best, every = answers - 1, answers * (answers - 1) // 2
+    # Steps of whole groups for us, of whole batches for TRL, and as many pairs in both.
+    batch_pairs = lcm(BATCH, best, every)
+    prompts = settings.pairs // batch_pairs * batch_pairs // best
+    if not prompts:
+        msg = f"--pairs {settings.pairs} are fewer than one step of {batch_pairs}, which {answers} answers to a prompt need"
+        raise RecipeError(msg)
+    groups = sampled_groups(
+        settings.data,
+        loaded,
+        answers=answers,
+        prompts=prompts,
+        max_length=settings.max_length,
+        kept_in=home.local("groups"),
+    )
+    fewer = groups[: settings.pairs // batch_pairs * batch_pairs // every]
+    return {
+        "best against the rest: ": work(best_against_rest(groups), batch_pairs),
+        "all pairs: ": work(all_pairs(fewer), batch_pairs),
+    }

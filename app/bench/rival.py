@@ -1,0 +1,163 @@
+"""The rival: TRL's DPOTrainer on the rows of the work, set up as its users would, measured from outside.
+
+Nothing of TRL is changed but what it is given: token ids instead of text (`_prepare_dataset`), so that both train the same
+tokens, a callback that reads the clock, and a collator that notes the shape of each batch. TRL is an extra (`bench`).
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from app.bench.arms import Arm, Measured, section_of
+from app.bench.work import Work, pair_rows
+from app.models import load_model, load_tokenizer
+from app.storage import Home
+from app.training.tokenization import Group
+
+
+def run_trl(work: Work, arm: Arm) -> Measured:
+    """Do the work with TRL."""
+    torch.set_num_threads(work.threads)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory(prefix="prefloop-rival-") as scratch:
+        quiet_trl(scratch)
+        trainer = pinned_trainer(work, arm, work.groups, folder=scratch, callbacks=[clock])
+        trainer.data_collator.shapes.clear()  # those of the reference pass
+        trainer.train()
+    steps = len(clock.seconds)
+    return Measured(
+        score_seconds=trainer.score_seconds,
+        step_seconds=tuple(clock.seconds),
+        step_pairs=(work.batch_pairs,) * steps,
+        losses=tuple(log["loss"] for log in trainer.state.log_history if "loss" in log),
+        shapes=tuple(trainer.data_collator.shapes),
+        threads=torch.get_num_threads(),
+    )
+
+
+def pinned_trainer(
+    work: Work, arm: Arm, groups: Sequence[Group], *, folder: str, callbacks: Sequence[TrainerCallback] = ()
+) -> Any:
+    """Return a DPOTrainer over the rows of the groups; `score_seconds` is what its reference pass took."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Pinned(DPOTrainer):  # type: ignore[misc]
+        score_seconds = 0.0
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, *arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            scored = super()._precompute_ref_logps(*arguments, **named)
+            self.score_seconds = time.perf_counter() - began
+            return scored
+
+    section = section_of(work)
+    tokenizer = load_tokenizer(Home.at(work.home_uri), work.model_id)
+    rows = [row | {"length": _length(row)} for group in groups for row in pair_rows(group)]
+    arguments = DPOConfig(
+        output_dir=folder,
+        beta=section.options["beta"],
+        max_length=work.max_length,
+        per_device_train_batch_size=arm.batch,
+        gradient_accumulation_steps=work.batch_pairs // arm.batch,
+        train_sampling_strategy=arm.order,
+        precompute_ref_log_probs=arm.reference == "cached",
+        bf16=arm.dtype == "bfloat16",
+        gradient_checkpointing=arm.checkpointing,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        num_train_epochs=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,  # else it takes away the column by which it is to group
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=section.seed,
+    )
+    lora = section.lora
+    adapters = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works, the annotation says int
+        target_modules=list(lora.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    # A frozen base lies in the compute type on both sides; what trains is fp32.
+    policy, reference = (
+        _model(work, dtype=arm.dtype if work.adapter == "lora" else "float32"),
+        None if work.adapter == "lora" or arm.reference == "cached" else _model(work, dtype="float32"),
+    )
+    return Pinned(
+        model=policy,
+        ref_model=reference,
+        args=arguments,
+        data_collator=_Counting(DataCollatorForPreference(tokenizer.pad_token_id, max_length=work.max_length)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapters if work.adapter == "lora" else None,
+        callbacks=list(callbacks),
+    )
+
+
+class _Clock(TrainerCallback):
+    """Seconds from the end of an optimizer step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note a step."""
+        moment = time.perf_counter()
+        self.seconds.append(moment - self._last)
+        self._last = moment
+
+
+class _Counting:
+    """A collator that notes rows and length of what it makes."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+        self.shapes: list[tuple[int, int]] = []
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = self.collate(examples)
+        rows, length = batch["input_ids"].shape
+        self.shapes.append((rows, length))
+        return batch
+
+
+def _model(work: Work, *, dtype: str) -> PreTrainedModel:
+    return load_model(Home.at(work.home_uri), work.model_id, dtype=dtype).model.requires_grad_(requires_grad=True)
+
+
+def _length(row: dict[str, list[int]]) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def quiet_trl(scratch: str) -> None:
+    """Keep TRL and datasets off the network, the screen and other caches."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=str(Path(scratch, "hf"))
+    )

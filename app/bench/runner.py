@@ -1,0 +1,85 @@
+"""Run arms one after the other, each in a process of its own whose memory is watched."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+
+from app.bench.arms import Arm, Measured
+from app.bench.parity import Parity
+from app.bench.work import Work
+from app.errors import TrainingError
+
+_WATCH_S = 0.2
+_TOLD = 2000
+
+
+def run_arm(work: Work, arm: Arm) -> Measured:
+    """Let an arm do the work; raises TrainingError with the end of its output where it fails."""
+    with tempfile.TemporaryDirectory(prefix="prefloop-bench-") as scratch:
+        folder = Path(scratch)
+        work.save(folder / "work.json")
+        (folder / "arm.json").write_text(json.dumps(asdict(arm)), encoding="utf-8")
+        _, peak = watched([sys.executable, "-m", "app.bench.arms", scratch], name=arm.name)
+        return replace(Measured.load(folder / "measured.json"), peak_pss=peak)
+
+
+def run_parity(work: Work) -> Parity:
+    """Compare one step of both trainers."""
+    with tempfile.TemporaryDirectory(prefix="prefloop-bench-") as scratch:
+        folder = Path(scratch)
+        work.save(folder / "work.json")
+        watched([sys.executable, "-m", "app.bench.parity", scratch], name="parity")
+        return Parity(**json.loads((folder / "parity.json").read_text(encoding="utf-8")))
+
+
+def watched(command: Sequence[str], *, name: str, environment: dict[str, str] | None = None) -> tuple[float, int]:
+    """Run a command to its end; return its wall-clock seconds and the peak of its memory.
+
+    Memory is the proportional set size, in bytes, of the process and all below it: pages that several share count once.
+
+    Raises:
+        TrainingError: it ended with another exit code than 0; the end of its output is in the message.
+    """
+    peak, ended = [0], threading.Event()
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        with subprocess.Popen(
+            list(command), stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        ) as child:
+            watcher = threading.Thread(target=_watch, args=(child.pid, peak, ended), daemon=True)
+            watcher.start()
+            code = child.wait()
+        seconds = time.perf_counter() - began
+        ended.set()
+        watcher.join()
+        if code:
+            output.seek(0)
+            msg = f"`{name}` ended with exit code {code}:\n{output.read()[-_TOLD:]}"
+            raise TrainingError(msg)
+    return seconds, peak[0]
+
+
+def _watch(pid: int, peak: list[int], ended: threading.Event) -> None:
+    while not ended.wait(_WATCH_S):
+        try:
+            root = psutil.Process(pid)
+            family = [root, *root.children(recursive=True)]
+        except psutil.Error:
+            continue
+        peak[0] = max(peak[0], sum(map(_pss, family)))
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.Error, AttributeError):
+        return 0

@@ -1,0 +1,187 @@
+"""`prefloop bench train`: our trainer against TRL's on the same work in the same run.
+
+Four ratios of seconds, TRL over ours, each from arms that did the same rows in optimizer steps of as many pairs with the
+same optimizer, clipping and type, one after the other in every round:
+
+    online     the reference is asked in every step; TRL as installed: random order, batches of 8 pairs
+    cached     the reference scores all rows once; TRL with the best of several batch sizes and types, rows by length
+    steady     a pair in the cached arms, without the pass and without the first step
+    headline   wall-clock from a pair snapshot to an exported model: `prefloop train` (Ray and all) and a TRL script
+
+Activation checkpointing is off on both sides; TRL has it on by default, which saves memory and costs time, so one more arm
+shows that. Ratios count only where one fp32 step of both gives the same loss and gradient.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from app.bench.arms import Arm, Measured
+from app.bench.flops import ModelShape, operations
+from app.bench.parity import Parity
+from app.bench.runner import run_arm, run_parity
+from app.bench.work import Work
+from app.errors import TrainingError
+
+RIVAL_VERSION = "1.16.0"
+BATCH = 8
+"""Pairs of a forward of TRL by default (its per_device_train_batch_size)."""
+_TUNED_BATCHES = (2, 4, 8)
+_TUNED_PAIRS = 16
+
+_LOSSES_APART = 0.05
+"""Of one step in two bf16 runs; the noise of a reward margin is `beta` times some tenths of a nat."""
+
+Say = Callable[[str], None]
+"""Told of what is done."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of TRL over ours, in each round."""
+
+    name: str
+    rounds: tuple[float, ...]
+    predicted: float | None = None
+    """By operations alone."""
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return statistics.median(self.rounds)
+
+    def line(self, expected: float | None) -> str:
+        """Say it in one line, against what is expected."""
+        told = "" if expected is None else f"  {'ok' if self.median >= expected else 'MISSED'}: {expected:g} expected"
+        by = "" if self.predicted is None else f"  by operations {self.predicted:.2f}"
+        return f"{self.name:<22} {self.median:5.2f}x  [{min(self.rounds):.2f}, {max(self.rounds):.2f}]{by}{told}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was measured on one work."""
+
+    title: str
+    parity: Parity
+    measured: Mapping[str, tuple[Measured, ...]]
+    """By arm, one for each round."""
+    ratios: tuple[Ratio, ...]
+    useful_tokens: int
+    peak: float
+    """Operations a second of a matrix product, measured."""
+    rates: Mapping[str, float]
+    """Share of it that each arm reached, by its operations."""
+
+    def lines(self, expected: Mapping[str, float]) -> list[str]:
+        """Return the report."""
+        told = [self.title, self.parity.line()]
+        for name, rounds in self.measured.items():
+            pairs = sum(rounds[0].step_pairs)
+            seconds = statistics.median(m.total for m in rounds)
+            told.append(
+                f"{name:<22} {pairs / seconds:6.3f} pairs/s  {seconds:7.1f} s (pass {statistics.median(m.score_seconds for m in rounds):.1f})  "
+                f"tokens {rounds[0].computed_tokens} ({self.useful_tokens / rounds[0].computed_tokens:.0%} useful)  "
+                f"peak {max(m.peak_pss for m in rounds) / 2**30:.2f} GiB  {self.rates[name]:.0%} of {self.peak / 1e9:.0f} GFLOP/s"
+            )
+        return told + [ratio.line(expected.get(ratio.name)) for ratio in self.ratios]
+
+    def tree(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        ratios = {r.name: {"median": r.median, "rounds": r.rounds, "predicted": r.predicted} for r in self.ratios}
+        measured = {name: [asdict(m) for m in rounds] for name, rounds in self.measured.items()}
+        return asdict(replace(self, measured={}, ratios=())) | {"ratios": ratios, "measured": measured}
+
+
+def require_rival() -> None:
+    """Refuse to begin without TRL, or with another version than the figures are about."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found != RIVAL_VERSION:
+        msg = f"the rival is TRL {RIVAL_VERSION}, found: {found}\n\nHint: pip install 'trl=={RIVAL_VERSION}', or install prefloop with its extra `bench`."
+        raise TrainingError(msg)
+
+
+def compare_trainers(title: str, work: Work, *, shape: ModelShape, peak: float, rounds: int, say: Say) -> Comparison:
+    """Run all arms but the headline on a work.
+
+    Raises:
+        TrainingError: an arm failed, or the two trainers do not compute the same.
+    """
+    parity = run_parity(work)
+    say(parity.line())
+    if not parity.passed:
+        msg = "the two trainers do not compute the same, so no ratio counts"
+        raise TrainingError(msg)
+    ours = Arm("prefloop", "prefloop", "online", work.dtype, batch=0)
+    default = Arm("trl", "trl", "online", work.dtype, batch=BATCH)
+    arms = (
+        replace(ours, name="prefloop online"),
+        replace(default, name="trl online"),
+        replace(ours, name="prefloop cached", reference="cached"),
+        replace(_tuned(work, say), name="trl cached, tuned"),
+    )
+    measured: dict[str, tuple[Measured, ...]] = {arm.name: () for arm in arms}
+    for number in range(rounds):
+        for arm in arms:
+            found = run_arm(work, arm)
+            measured[arm.name] += (found,)
+            say(f"round {number + 1} of {rounds}: {arm.name}: {found.total:.1f} s")
+    untouched = replace(default, name="trl, checkpointing", checkpointing=True)
+    measured[untouched.name] = (run_arm(work, untouched),)
+    _check_losses(measured["prefloop online"][0], measured["trl online"][0])
+    costs = {a.name: operations(shape, work, a, measured[a.name][0]) for a in (*arms, untouched)}
+    return Comparison(
+        title=title,
+        parity=parity,
+        measured=measured,
+        ratios=_ratios(measured, costs),
+        useful_tokens=sum(group.num_tokens for group in work.groups),
+        peak=peak,
+        rates={name: costs[name] / statistics.median(m.total for m in ms) / peak for name, ms in measured.items()},
+    )
+
+
+def _tuned(work: Work, say: Say) -> Arm:
+    """Return the fastest way to let TRL do the work with a cached reference, by a trial on its first pairs."""
+    groups = list(itertools.islice(work.groups, _TUNED_PAIRS))
+    trial = replace(work, groups=tuple(groups), batch_pairs=sum(len(group.pairs) for group in groups))
+    found = []
+    for dtype, batch in itertools.product(("bfloat16", "float32"), _TUNED_BATCHES):
+        if trial.batch_pairs % batch or work.batch_pairs % batch:
+            continue
+        arm = Arm("trial", "trl", "cached", dtype, batch=batch, order="group_by_length")  # type: ignore[arg-type]
+        seconds = run_arm(trial, arm).total
+        say(f"tuning TRL: batches of {batch} pairs, {dtype}: {seconds:.1f} s")
+        found.append((seconds, arm))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _ratios(measured: Mapping[str, Sequence[Measured]], costs: Mapping[str, float]) -> tuple[Ratio, ...]:
+    online = zip(measured["prefloop online"], measured["trl online"], strict=True)
+    cached = list(zip(measured["prefloop cached"], measured["trl cached, tuned"], strict=True))
+    by_online = costs["trl online"] / costs["prefloop online"]
+    by_cached = costs["trl cached, tuned"] / costs["prefloop cached"]
+    return (
+        Ratio("online", tuple(trl.total / ours.total for ours, trl in online), by_online),
+        Ratio("cached", tuple(trl.total / ours.total for ours, trl in cached), by_cached),
+        Ratio("cached, 2 epochs", tuple(_two_epochs(trl) / _two_epochs(ours) for ours, trl in cached)),
+        Ratio("steady", tuple(trl.steady / ours.steady for ours, trl in cached)),
+    )
+
+
+def _two_epochs(measured: Measured) -> float:
+    # The second epoch costs what the first did: the same rows in steps of the same size.
+    return measured.total + sum(measured.step_seconds)
+
+
+def _check_losses(ours: Measured, rival: Measured) -> None:
+    """The very runs that were timed took the same steps: their losses agree as far as their type allows."""
+    apart = max(abs(a - b) for a, b in zip(ours.losses, rival.losses, strict=True))
+    if not apart <= _LOSSES_APART:
+        msg = f"the losses of the timed runs are up to {apart:.3f} apart (allowed: {_LOSSES_APART}), so they did not do the same work"
+        raise TrainingError(msg)

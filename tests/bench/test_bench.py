@@ -1,0 +1,236 @@
+"""Benchmarks: both trainers do the same work, and what is told of it is what was measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from app.bench.ablate import LAYOUTS, ablate, on_all_rows, unshared
+from app.bench.arms import Arm, Measured, run_ours
+from app.bench.command import BenchSettings, bench_ablate, bench_train
+from app.bench.flops import ModelShape, operations
+from app.bench.parity import Parity, compare
+from app.bench.rival import run_trl
+from app.bench.runner import watched
+from app.bench.train import Comparison, Ratio, compare_trainers
+from app.bench.work import Work, all_pairs, best_against_rest, read_work, sampled_groups
+from app.errors import DataError, RecipeError, TrainingError
+from app.ledger import Ledger
+from app.models import ensure_sft, load_model
+from app.storage import Home
+from app.training.batch import PackedBatch
+from app.training.scoring import ScoringModel
+from app.training.tokenization import Group, Preference
+
+ONLINE = Arm("ours", "prefloop", "online", "float32", batch=0)
+TRL = Arm("trl", "trl", "online", "float32", batch=4)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return Home.at(tmp_path_factory.mktemp("bench") / "home")
+
+
+@pytest.fixture(scope="module")
+def model_id(home, tiny_model):
+    ledger = Ledger.open(home.ledger_url)
+    yield ensure_sft(home, ledger, str(tiny_model)).model_id
+    ledger.close()
+
+
+@pytest.fixture(scope="module")
+def work(home, model_id, tiny_model):
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda n: tuple(torch.randint(2, 258, (n,), generator=generator).tolist())  # noqa: E731
+    groups = tuple(
+        Group(f"g{i}", f"c{i}", "train", draw(3 + i % 7), (draw(2 + i % 5), draw(2 + i % 3)), (Preference(0, 1, 1.0, f"p{i}", "x"),))
+        for i in range(12)
+    )  # fmt: skip
+    return Work(home.uri, str(tiny_model), model_id, groups, "full", "float32", 64, 4, 32, 1e-3, threads=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ("red", "blue", "tall", "small", "kind", "old", "new", "warm", "loud", "thin")
+    rows = [
+        {"prompt": f"{a} {b}?", "chosen": f"yes {b} " * (1 + i % 3), "rejected": f"no {a}"}
+        for i, (a, b) in enumerate((a, b) for a in words[:4] for b in words)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_one_step_of_both_trainers_has_the_same_loss_and_gradient(work, adapter):
+    found = compare(replace(work, adapter=adapter), groups=4)
+    assert found.passed, found.line()
+    assert abs(found.loss - 0.6931) > 1e-5, "the policy was not moved away from the reference"
+
+
+def test_a_parity_that_is_missed_is_seen():
+    assert not Parity(0.6931, 0.6932, 0.0, 4).passed
+    assert not Parity(0.6931, 0.6931, 2e-4, 4).passed
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("reference", ["online", "cached"])
+def test_the_timed_runs_of_both_trainers_take_the_same_steps(work, adapter, reference):
+    ours = run_ours(replace(work, adapter=adapter), replace(ONLINE, reference=reference))
+    theirs = run_trl(replace(work, adapter=adapter), replace(TRL, reference=reference))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.losses[-1] != pytest.approx(ours.losses[0], rel=1e-4), "nothing was learned"
+    assert ours.step_pairs == theirs.step_pairs == (4, 4, 4)
+    assert len(theirs.step_seconds) == len(ours.step_seconds) == 3
+    assert (ours.score_seconds > 0, theirs.score_seconds > 0) == (reference == "cached",) * 2
+    assert ours.computed_tokens == sum(group.num_tokens for group in work.groups)
+    assert theirs.computed_tokens > ours.computed_tokens
+
+
+def test_trl_goes_by_length_where_it_is_told_to(work):
+    told = run_trl(work, replace(TRL, reference="cached", order="group_by_length", batch=2))
+    assert told.computed_tokens < run_trl(work, replace(TRL, batch=2)).computed_tokens
+
+
+@pytest.mark.parametrize("layout", [name for name, _ in LAYOUTS])
+def test_a_layout_changes_the_cost_and_not_the_numbers(work, home, model_id, layout):
+    scorer = ScoringModel(load_model(home, model_id, dtype="float32").model)
+    groups = all_pairs(
+        [
+            replace(group, responses=(*group.responses, *other.responses))
+            for group, other in zip(work.groups[:6], work.groups[6:], strict=True)
+        ]
+    )
+
+    def margins(batches):
+        with torch.no_grad():
+            scores = [(batch, scorer(batch).logps) for batch in batches]
+        return sorted(float(m) for batch, logps in scores for m in logps[batch.chosen] - logps[batch.rejected])
+
+    batches = dict(LAYOUTS)[layout](groups, 64)
+    assert margins(batches) == pytest.approx(margins([PackedBatch.pack(groups)]), abs=1e-5)
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    rows = sum(len(batch.target_ids) for batch in batches)
+    shared = sum(group.num_tokens for group in groups)
+    assert (tokens > shared) == (layout in ("no sharing", "none"))
+    assert (rows > sum(len(r) for g in groups for r in g.responses)) == (layout in ("all rows", "none"))
+
+
+def test_the_head_takes_each_row_of_an_unshared_layout_once(work):
+    batch = on_all_rows(unshared(work.groups[:2]))
+    assert sorted(batch.predictor_rows.tolist()) == list(range(batch.input_ids.numel()))
+
+
+def test_operations_are_counted_by_hand(home, model_id, work):
+    shape = ModelShape.of(load_model(home, model_id, dtype="float32").model)
+    # two layers of q 32x32, k and v 16x32, o 32x32, gate, up and down 64x32
+    assert shape == ModelShape(backbone=2 * (2 * 1024 + 2 * 512 + 3 * 2048), head=258 * 32, attention=2 * 32)
+    one = replace(
+        work, groups=(Group("g", "c", "train", (5, 6), ((7, 8, 1), (9, 1)), (Preference(0, 1, 1, "p", "x"),)),)
+    )
+    none = Measured(0.0, (1.0,), (1,), (0.5,), (), 1)
+    attended = 3 + (3 * 2 + 6) + (2 * 2 + 3)
+    assert operations(shape, one, ONLINE, none) == 4 * (2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended)
+    padded = replace(none, shapes=((2, 5),))
+    assert operations(shape, one, TRL, padded) == 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
+
+
+def test_answers_are_sampled_once_and_paired_best_or_all(home, model_id, data, tmp_path):
+    loaded = load_model(home, model_id, dtype="float32")
+    sample = lambda: sampled_groups(data, loaded, answers=3, prompts=4, max_length=160, kept_in=tmp_path)  # noqa: E731
+    groups = sample()
+    assert len(groups) == 4
+    assert all(len(set(group.responses)) == 3 for group in groups)
+    [kept] = tmp_path.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert sample() == groups
+    assert kept.stat().st_mtime_ns == stamp
+    best, every = (
+        [(p.chosen, p.rejected) for p in pair(groups[:1])[0].pairs] for pair in (best_against_rest, all_pairs)
+    )
+    assert (best, every) == ([(0, 1), (0, 2)], [(0, 1), (0, 2), (1, 2)])
+
+
+def test_work_comes_back_from_its_file(work, tmp_path):
+    work.save(tmp_path / "work.json")
+    assert Work.load(tmp_path / "work.json") == work
+
+
+def test_too_few_pairs_are_told(home, model_id, data):
+    loaded = load_model(home, model_id, dtype="float32")
+    pairs, groups = read_work(data, loaded, max_length=64, pairs=17, batch_pairs=8)
+    assert len(groups) == len(pairs) == 16
+    assert [pair.pair_id for pair in pairs] == [group.pairs[0].pair_id for group in groups]
+    with pytest.raises(DataError, match="has 40 pairs on prompts shorter than 64 tokens, fewer than --pairs 48"):
+        read_work(data, loaded, max_length=64, pairs=48, batch_pairs=8)
+
+
+def test_a_comparison_tells_medians_ranges_and_what_was_missed():
+    ratio = Ratio("online", (3.0, 2.0, 4.0), predicted=2.5)
+    assert ratio.median == 3.0
+    assert "3.00x  [2.00, 4.00]  by operations 2.50  ok: 2.5 expected" in ratio.line(2.5)
+    assert "MISSED: 3.5 expected" in ratio.line(3.5)
+    measured = Measured(1.0, (2.0, 1.0), (8, 8), (0.7, 0.6), ((8, 10), (8, 5)), 2, peak_pss=2**30)
+    assert (measured.total, measured.steady, measured.computed_tokens) == (4.0, 0.125, 120)
+    told = Comparison("t", Parity(0.6, 0.6, 0.0, 4), {"ours": (measured,)}, (ratio,), 60, 1e11, {"ours": 0.5})
+    assert "4.000 pairs/s" in told.lines({})[2]
+    assert "(50% useful)  peak 1.00 GiB  50% of 100 GFLOP/s" in told.lines({})[2]
+    assert json.loads(json.dumps(told.tree()))["ratios"]["online"]["median"] == 3.0
+
+
+def test_an_arm_that_fails_is_told_with_its_last_words():
+    with pytest.raises(TrainingError, match=r"`arm` ended with exit code 3:\nlast words"):
+        watched(["sh", "-c", "echo last words; exit 3"], name="arm")
+
+
+def test_the_memory_of_an_arm_is_that_of_its_whole_family():
+    hold = "import time; held = bytearray(b'x') * (64 * 2**20); time.sleep(1.5)"
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    _, peak = watched(["python3", "-c", command], name="arm")
+    assert 64 * 2**20 < peak < 128 * 2**20
+
+
+def settings_of(data, tiny_model, **changed):
+    return BenchSettings(data, 16, 64, "float32", "full", None, 1, str(tiny_model), 64) if not changed else replace(
+        settings_of(data, tiny_model), **changed
+    )  # fmt: skip
+
+
+def test_an_expectation_of_what_is_not_measured_is_refused(home, data, tiny_model):
+    settings = settings_of(data, tiny_model)
+    with pytest.raises(RecipeError, match="`--expect speed`: no such ratio; there are: `online`"):
+        bench_train(home, settings, expect=["speed=2"], say=print)
+    with pytest.raises(RecipeError, match="`--expect online` is not of the form RATIO=NUMBER"):
+        bench_train(home, settings, expect=["online"], say=print)
+
+
+def test_ratios_count_only_where_both_compute_the_same(work, monkeypatch):
+    monkeypatch.setattr("app.bench.train.run_parity", lambda _: Parity(0.7, 0.6, 0.0, 4))
+    shape = ModelShape(1, 1, 1)
+    with pytest.raises(TrainingError, match="do not compute the same, so no ratio counts"):
+        compare_trainers("t", work, shape=shape, peak=1.0, rounds=1, say=lambda _: None)
+
+
+def test_ablation_times_every_layout(work):
+    found = ablate(work, rounds=1, say=lambda _: None)
+    assert [row.name for row in found] == [name for name, _ in LAYOUTS]
+    assert found[0].slower == 1.0
+    assert found[0].head_rows == sum(len(r) for g in work.groups for r in g.responses)
+
+
+@pytest.mark.full
+def test_ablation_takes_sampled_answers(home, data, tiny_model):
+    found = bench_ablate(home, settings_of(data, tiny_model, answers=3, pairs=48, max_length=160), say=lambda _: None)
+    assert list(found.tree) == ["best against the rest: ", "all pairs: "]
+
+
+@pytest.mark.full
+def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model):
+    told = []
+    found = bench_train(home, settings_of(data, tiny_model), expect=["online=1000", "cached=0.0001"], say=told.append)
+    assert found.missed == ["online"]
+    assert any(line.startswith("headline: 16 pairs") for line in found.lines)
+    assert set(found.tree["works"]["pairs"]["ratios"]) == {"online", "cached", "cached, 2 epochs", "steady"}
+    assert found.tree["headline"]["data_wait"] < 1
+    assert json.loads(json.dumps(found.tree)) is not None
