@@ -127,51 +127,6 @@ def certify(
 
 
 @cli.command()
-def bench(
-    what: Annotated[Literal["train", "ablate"], typer.Argument(help="The trainer against TRL's, or its parts.")],
-    data: Annotated[Path, typer.Option(help="Preference data, as for `import`.")],
-    pairs: Annotated[int, typer.Option(help="Pairs, at most.", min=1)] = 64,
-    max_length: Annotated[int, typer.Option(help="Tokens of a prompt and one answer together.", min=8)] = 512,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Compute type.")] = "bfloat16",
-    lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,
-    groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
-    rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = 3,
-    model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
-    micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
-    expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 below it.")] = [],  # noqa: B006
-    into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,
-) -> None:
-    """Measure speed as ratios on the same work in the same run: against TRL, or without one technique at a time."""
-    from app.bench.command import BenchSettings, bench_ablate, bench_train
-
-    settings = BenchSettings(
-        data=data,
-        pairs=pairs,
-        max_length=max_length,
-        dtype=dtype,
-        adapter="lora" if lora else "full",
-        answers=groups,
-        rounds=rounds,
-        model=model,
-        micro_batch_tokens=micro_batch_tokens,
-    )
-    say = partial(typer.echo, err=True)
-    if what == "ablate" and expect:
-        msg = "--expect has no effect on `bench ablate`: remove it"
-        raise RecipeError(msg)
-    outcome = (
-        bench_train(_home(), settings, expect=expect, say=say)
-        if what == "train"
-        else bench_ablate(_home(), settings, say=say)
-    )
-    for line in outcome.lines:
-        typer.echo(line)
-    if into is not None:
-        into.write_text(json.dumps(outcome.tree, indent=1), encoding="utf-8")
-    raise typer.Exit(1 if outcome.missed else 0)
-
-
-@cli.command()
 def evaluate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -243,6 +198,51 @@ def status() -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+
+
+@cli.command()
+def bench(
+    what: Annotated[Literal["train", "ablate"], typer.Argument(help="The trainer against TRL's, or its parts.")],
+    data: Annotated[Path, typer.Option(help="Preference data, as for `import`.")],
+    pairs: Annotated[int, typer.Option(help="Pairs, at most.", min=1)] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens of a prompt and one answer together.", min=8)] = 512,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Compute type.")] = "bfloat16",
+    lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,
+    groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
+    rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = 3,
+    model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
+    micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
+    expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 below it.")] = [],  # noqa: B006
+    into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,
+) -> None:
+    """Measure speed as ratios on the same work in the same run: against TRL, or without one technique at a time."""
+    from app.bench.command import BenchSettings, bench_ablate, bench_train
+
+    settings = BenchSettings(
+        data=data,
+        pairs=pairs,
+        max_length=max_length,
+        dtype=dtype,
+        adapter="lora" if lora else "full",
+        answers=groups,
+        rounds=rounds,
+        model=model,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    say = partial(typer.echo, err=True)
+    if what == "ablate" and expect:
+        msg = "--expect has no effect on `bench ablate`: remove it"
+        raise RecipeError(msg)
+    outcome = (
+        bench_train(_home(), settings, expect=expect, say=say)
+        if what == "train"
+        else bench_ablate(_home(), settings, say=say)
+    )
+    for line in outcome.lines:
+        typer.echo(line)
+    if into is not None:
+        into.write_text(json.dumps(outcome.tree, indent=1), encoding="utf-8")
+    raise typer.Exit(1 if outcome.missed else 0)
 
 
 def _home() -> Home:

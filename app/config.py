@@ -82,10 +82,13 @@ class PrepareSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+    """Low-rank adapters (LoRA https://arxiv.org/abs/2106.09685, rsLoRA 2312.03732, DoRA 2402.09353)."""
 
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="`rslora` scales by alpha / sqrt(r); `dora` also trains the norms of the weights."
+    )
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r (`rslora`: / sqrt(r)).")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="Linear layers that get an adapter.",

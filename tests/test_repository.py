@@ -64,6 +64,7 @@ def test_the_help_lists_every_step_of_the_loop():
         "serve",
         "dashboard",
         "status",
+        "bench",
     ]
     for name in steps:
         assert re.search(rf"^\W*{name}\b", shown, re.MULTILINE), name

@@ -49,6 +49,8 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        use_rslora=section.lora.variant == "rslora",
+        use_dora=section.lora.variant == "dora",
     )
     head = start.model.get_output_embeddings()
     layers = {
@@ -138,6 +140,11 @@ def merged_model(policy: ScoringModel) -> PreTrainedModel:
                 merged = weight.float()
                 for name in layer.active_adapters:
                     merged = merged + layer.get_delta_weight(name).float()
+                    if name in layer.lora_magnitude_vector:
+                        outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
+                        norms = merged.norm(dim=1 - outputs, keepdim=True)
+                        magnitude: Tensor = layer.lora_magnitude_vector[name].weight.float()
+                        merged = merged * (magnitude.view_as(norms) / norms)
                 weight.copy_(merged)
     base: PreTrainedModel = model.unload()
     return base

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
@@ -453,10 +454,16 @@ def test_embeddings_get_no_adapter_because_input_and_output_may_share_their_weig
         build_policy(start(), section)
 
 
-def test_the_merged_model_scores_like_the_policy(start):
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_the_merged_model_scores_like_the_policy(start, variant):
     groups = make_groups(4)
-    section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0})
-    policy, _ = run(start, section, groups, steps=[groups] * 5)
+    lora = LoraSection(r=4, alpha=8, variant=variant)
+    section = SECTION.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0, "lora": lora})
+    policy, reports = run(start, section, groups, steps=[groups] * 5)
+    assert reports[0].loss == pytest.approx(math.log(2), abs=1e-5)
+    assert any("lora_magnitude_vector" in name for name in trainable(policy)) == (variant == "dora")
+    layer = next(m for m in policy.modules() if isinstance(m, LoraLayer))
+    assert layer.scaling["default"] == (4.0 if variant == "rslora" else 2.0)
     with torch.no_grad():
         expected = policy(PackedBatch.pack(groups)).logps
         base = plain_logps(start().model, groups)
