@@ -12,6 +12,7 @@ test: $(STAMP) browser
 	$(BIN)/pytest -m "not full" $(ARGS)
 
 test-full: $(STAMP) browser
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track]"
 	$(BIN)/pytest $(ARGS)
 
 lint: $(STAMP)

@@ -349,6 +349,20 @@ class ServingSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type of a replica.")
 
 
+class TrackSection(Section):
+    """Sinks for the metrics of a run, beside the ledger; address and key are in their own environment variables."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field((), description="Which; none by default.")
+    project: str | None = Field(None, description="MLflow's experiment, W&B's project; default: `prefloop`.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrackSection":
+        if self.project is not None and not {"mlflow", "wandb"} & set(self.to):
+            msg = "`project` has no effect without `mlflow` or `wandb` in `to`: remove it"
+            raise ValueError(msg)
+        return self
+
+
 class Recipe(Section):
     """One recipe drives every job."""
 
@@ -361,6 +375,7 @@ class Recipe(Section):
     workers: WorkerSection = WorkerSection()
     evaluate: EvaluateSection | None = None
     serving: ServingSection = ServingSection()
+    track: TrackSection = TrackSection()
     snapshot: str | None = Field(None, description="Pair snapshot to use; default: built from the ledger.")
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
+from ray_jobs.trackers import Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
     RESULT,
@@ -67,6 +68,8 @@ class TrainResult:
     model: ModelRow
     steps: int
     learning: Learning | Likelihood | None
+    metrics: dict[str, Any]
+    """Of what was held out, by the names of the ledger."""
 
 
 class StepRecorder(UserCallback):
@@ -116,6 +119,7 @@ def train(
 
     Raises:
         DataError: the snapshot differs from its manifest, does not fit the recipe or has too few pairs.
+        RecipeError: a tracker is not installed.
         ServiceError: the cluster has no room for the workers.
         WorkersLost: workers failed more often than `workers.max_failures`; the same run id continues.
         TrainingError: a worker refused to go on (another reference, packing that is not exact, a loss that is not
@@ -125,6 +129,7 @@ def train(
     for warning in unusual_options(recipe.train.objective, recipe.train.options):
         if console is not None:
             console.print(f"warning: {warning}", highlight=False, markup=False)
+    require_trackers(recipe.track, home)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     snapshot = home.artifact("training", training_snapshot_id)
@@ -146,10 +151,13 @@ def train(
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
     _record_start(ledger, recipe, task, reference)
+    trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     try:
-        with _progress(ledger, task, console):
+        with _followed(ledger, task, console, trackers):
             _fit(home, recipe, snapshot, task)
-        return _finish(home, ledger, recipe, task)
+        result = _finish(home, ledger, recipe, task)
+        trackers.log(task.total_steps, tracked(result.metrics))
+        return result
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
         if isinstance(refusal, _REFUSALS):
@@ -169,6 +177,12 @@ def train(
     except Exception as error:
         _record_end(ledger, run_id, status="failed", error=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        trackers.close()
+        for kind, why in trackers.lost.items():
+            ledger.audit("train", "tracker lost", run_id, {"tracker": kind, "error": why})
+            if console is not None:
+                console.print(f"warning: {kind} got no more of this run: {why}", highlight=False, markup=False)
 
 
 def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:
@@ -186,30 +200,35 @@ def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[Tr
 
 
 @contextmanager
-def _progress(ledger: Ledger, task: TrainTask, console: Console | None) -> Iterator[None]:
-    """Show how far a run is, as the controller writes its steps to the ledger."""
-    if console is None:
-        yield
-        return
+def _followed(ledger: Ledger, task: TrainTask, console: Console | None, trackers: Trackers) -> Iterator[None]:
+    """Show how far a run is and tell the trackers, as the controller writes its steps to the ledger."""
     ended = threading.Event()
+    told = 0
+    with Meter(console) if console is not None else nullcontext() as meter:
 
-    def watch() -> None:
-        newest = sa.select(RunStepRow).where(RunStepRow.run_id == task.identity.run_id)
-        while not ended.wait(1.0):
+        def follow() -> None:
+            nonlocal told
+            newer = sa.select(RunStepRow).where(RunStepRow.run_id == task.identity.run_id, RunStepRow.step > told)
             with ledger.read() as session:
-                row = session.scalar(newest.order_by(RunStepRow.step.desc()).limit(1))
-            if row is not None:
-                metrics = row.metrics
-                meter.show("train: steps", row.step, task.total_steps, _note(metrics))
+                rows = session.scalars(newer.order_by(RunStepRow.step)).all()
+            for row in rows:
+                trackers.log(row.step, tracked(row.metrics))
+                told = row.step
+            if rows and meter is not None:
+                meter.show("train: steps", rows[-1].step, task.total_steps, _note(rows[-1].metrics))
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    with Meter(console) as meter:
+        def watch() -> None:
+            while not ended.wait(1.0):
+                follow()
+
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
             yield
         finally:
             ended.set()
             watcher.join()
+            follow()
 
 
 def _note(metrics: dict[str, Any]) -> str:
@@ -347,7 +366,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     export.filesystem.rm(export.path, recursive=True)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
-    return TrainResult(run_id, model, task.total_steps, learning)
+    return TrainResult(run_id, model, task.total_steps, learning, summary(measures))
 
 
 def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:

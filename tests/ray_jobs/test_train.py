@@ -15,7 +15,7 @@ import torch
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
-from app.config import parse_recipe
+from app.config import TrackSection, parse_recipe
 from app.errors import DataError, ServiceError, TrainingError
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow
 from app.models import Lineage, load_model, register_folder
@@ -30,6 +30,7 @@ from app.training.snapshots import Binding, epoch_files, epoch_stream, read_grou
 from app.training.tokenization import Group, Preference
 from ray_jobs.train import _cause, train
 from ray_jobs.worker import SHUFFLE_WINDOW
+from tests.ray_jobs.test_trackers import events_of
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,8 @@ def one_process(stage, recipe):
 @pytest.fixture(scope="module")
 def unbroken(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
-    return train(home, ledger, recipe_for(sft), snapshot_id, run_id="unbroken")
+    recipe = recipe_for(sft).model_copy(update={"track": TrackSection(to=("tensorboard",))})
+    return train(home, ledger, recipe, snapshot_id, run_id="unbroken")
 
 
 def test_two_workers_train_like_one_process(unbroken, stage):
@@ -184,6 +186,13 @@ def test_the_first_loss_is_ln_2_and_the_run_is_recorded(unbroken, stage):
     manifest = home.artifact("models", unbroken.model.model_id).verify()
     assert (manifest["parent"], manifest["run"]) == (model.model_id, "unbroken")
     assert unbroken.learning.pairs == sum(1 + i % 2 for i in range(40, 48))
+
+
+def test_a_sink_is_told_every_step_and_what_was_held_out(unbroken, stage):
+    told = events_of(stage[0].local("runs", "unbroken", "track"))
+    steps = steps_of(stage[1], "unbroken")
+    assert told["train/loss"] == pytest.approx({m["step"]: m["loss"] for m in steps})
+    assert told["eval/rewards/accuracies"] == pytest.approx({unbroken.steps: unbroken.metrics["held_out_accuracy"]})
 
 
 def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbroken, stage):
