@@ -83,7 +83,7 @@ def recipe_for(sft: str, objective: str, **train_section):
         "epochs": 2,
         "batch_pairs": 12,
         "micro_batch_tokens": 128,
-        "lora": {"r": 4, "alpha": 8},
+        **({} if train_section.get("adapter") == "full" else {"lora": {"r": 4, "alpha": 8}}),
     }
     tree = {
         "name": "tiny",

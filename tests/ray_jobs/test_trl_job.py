@@ -1,0 +1,83 @@
+"""One step of the actual train job, two workers, equals one step of TRL 1.16 on the same rows, for each shared objective."""
+
+import pytest
+import ray
+import sqlalchemy as sa
+import torch
+
+from app.config import PairSection
+from app.ledger import Ledger, RunStepRow
+from app.models import Lineage, ensure_sft, load_model, save_model
+from app.preferences.snapshots import write_pair_snapshot
+from app.schemas import Response, Split
+from app.storage import Home
+from app.training.judgements import divide
+from app.training.snapshots import read_groups
+from ray_jobs.prepare import prepare
+from ray_jobs.train import train
+from tests.bench.trl_steps import OBJECTIVES, trl_step
+from tests.ray_jobs.test_objectives import pair, prompt, recipe_for
+
+# TRL's ORPO counts the likelihood of the prompt too, which here has more than one token.
+SHARED = [name for name in OBJECTIVES if name != "orpo"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, tiny_model):
+    """A home whose champion, where training starts, is some way off the SFT model, which is the reference."""
+    home = Home.at(tmp_path_factory.mktemp("job") / "home")
+    ledger = Ledger.open(home.ledger_url)
+    sft = ensure_sft(home, ledger, str(tiny_model))
+    loaded = load_model(home, sft.model_id, dtype="float32")
+    with torch.no_grad():
+        for seed, parameter in enumerate(loaded.model.parameters()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    champion = save_model(
+        home, ledger, loaded.model, loaded.tokenizer, name="moved", lineage=Lineage("full", sft.model_id)
+    )
+    ledger.set_champion("default", champion.model_id, expected_revision=0, actor="test", reason="to start from")
+    rows = [
+        pair(prompt(i), *(Response(f"{word} {i}" * (1 + (i + k) % 2)) for k, word in enumerate(("yes", "no"))))
+        for i in range(24)
+    ]
+    pairs = write_pair_snapshot(
+        home, ledger, rows, section=PairSection(), quarantine=(), counts={}, origin={"kind": "import"}
+    )
+    yield home, ledger, pairs.snapshot_id, sft.model_id, champion.model_id
+    ledger.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SHARED)
+def test_a_step_of_the_job_has_the_loss_and_the_gradient_norm_of_trl(cluster, stage, tiny_model, tmp_path, name):
+    home, ledger, pairs, sft, champion = stage
+    objective, options = name.split()[0], OBJECTIVES[name]
+    recipe = recipe_for(str(tiny_model), objective, options=options, adapter="full", batch_pairs=1000, epochs=1)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
+    prepared = prepare(home, ledger, recipe, pairs)
+    run_id = f"run-{name.replace(' ', '-')}"
+    assert train(home, ledger, recipe, prepared.snapshot_id, run_id=run_id).steps == 1
+    with ledger.read() as session:
+        row = session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == run_id)).one()
+    divided = [divide(g) for g in read_groups(home.artifact("training", prepared.snapshot_id), Split.TRAIN)]
+    rival = load_model(home, champion, dtype="float32")
+    loss, gradients = trl_step(
+        objective,
+        recipe.train.options,
+        policy=rival.model.requires_grad_(requires_grad=True),
+        reference=load_model(home, sft, dtype="float32").model,
+        tokenizer=rival.tokenizer,
+        groups=[own for own, _ in divided],
+        strangers=[others for _, others in divided if others is not None],
+        folder=tmp_path,
+    )
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
+    assert row.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
