@@ -245,6 +245,9 @@ class TrainSection(Section):
     batch_pairs: int = Field(16, ge=1, description="Pairs of one optimizer step, over all workers.")
     micro_batch_tokens: int = Field(2048, ge=16, description="Token budget of one forward pass of one worker.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; adapters stay fp32.")
+    attention: Literal["sdpa", "flex", "varlen"] = Field(
+        "sdpa", description="Backend of packed attention; `flex` and `varlen` need a GPU."
+    )
     seed: int = Field(0, ge=0, description="Seed of adapters, order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     held_out_every: int | None = Field(None, ge=1, description="Steps between held-out measurements; last step always.")

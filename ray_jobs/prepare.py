@@ -29,6 +29,7 @@ from app.models import check_descent, device_of, ensure_sft, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
+from app.training.attention import Backend
 from app.training.batch import PackedBatch
 from app.training.judgements import distinct, for_unit, with_strangers
 from app.training.objectives import load_objective
@@ -187,6 +188,7 @@ def score_reference(
             "dtype": recipe.train.dtype,
             "token_budget": recipe.train.micro_batch_tokens,
             "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+            "backend": recipe.train.attention,
         },
         batch_size=_SCORE_BATCH,
         batch_format="pyarrow",
@@ -210,10 +212,13 @@ def score_reference(
 class ReferenceScorer:
     """A Ray Data actor that holds the frozen reference."""
 
-    def __init__(self, home_uri: str, model_id: str, dtype: str, token_budget: int, threads: int) -> None:
+    def __init__(
+        self, home_uri: str, model_id: str, dtype: str, token_budget: int, threads: int, backend: Backend
+    ) -> None:
         torch.set_num_threads(threads)
         self.device = device_of(ray.get_gpu_ids())
-        self.scorer = ScoringModel(load_model(Home.at(home_uri), model_id, dtype=dtype, device=self.device).model)
+        model = load_model(Home.at(home_uri), model_id, dtype=dtype, device=self.device).model
+        self.scorer = ScoringModel(model, backend=backend)
         self.dtype = dtype
         self.token_budget = token_budget
 

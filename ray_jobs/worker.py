@@ -166,7 +166,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     model, measures = measure_exported(policy, held_out, **common)
     if objective.unit == "good":
         start = load_model(home, task.start_model_id, dtype=section.dtype, device=device)
-        before = measure(ScoringModel(start.model), held_out, **common)
+        before = measure(ScoringModel(start.model, backend=section.attention), held_out, **common)
         measures = _with_start(measures, before)
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
@@ -208,7 +208,7 @@ def _reference(task: TrainTask, policy: ScoringModel, device: torch.device) -> R
     if task.section.reference == "adapter_off":
         return adapter_off(policy, task.section.dtype)
     model = load_model(task.home(), task.reference_model_id, dtype=task.section.dtype, device=device)
-    return frozen(ScoringModel(model.model), task.section.dtype)
+    return frozen(ScoringModel(model.model, backend=task.section.attention), task.section.dtype)
 
 
 def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:

@@ -1,30 +1,132 @@
-"""Attention over packed groups, registered with transformers under `ATTENTION_NAME`.
+"""Attention over packed groups, registered with transformers: one layout, three backends.
 
-For each group two kinds of calls: the prompt with its first response, causal; every other response over the prompt's
-keys and its own. The layout reaches the function as the keyword argument `segments` of the model's forward. Stock
-`sdpa` on the same row is silently wrong: it takes the restart of positions for a new document.
+    sdpa     for each group two kinds of calls: the prompt with its first response, causal; every other response over the
+             prompt's keys and its own. Every device.
+    flex     FlexAttention with the layout as its mask. GPUs: on a CPU it has no backward.
+    varlen   flash attention over sequences of different lengths: the prompt with its first response, every other
+             response with the prompt's keys gathered before its own. GPUs, half precision, no softcap.
+
+The layout reaches the function as the keyword argument `layout` of the model's forward. Stock `sdpa` on the same row is
+silently wrong: it takes the restart of positions for a new document.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from app.errors import ModelError
 from app.training.batch import Segment
 
-ATTENTION_NAME = "prefloop_packed"
+Backend = Literal["sdpa", "flex", "varlen"]
 
 
-def register() -> None:
-    """Make the attention known to transformers; calling it again changes nothing."""
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """A packed row as sequences of queries, each with its keys; the last query of a sequence stands at its last key."""
+
+    key_rows: Tensor
+    """[K] int64: the token rows whose keys the sequences see, one sequence after the other."""
+    query_ends: Tensor
+    """[S + 1] int32: where the sequences' queries begin and end; together they are the row."""
+    key_ends: Tensor
+    """[S + 1] int32: the same of `key_rows`."""
+    most_queries: int
+    most_keys: int
+
+
+class Layout:
+    """What attention knows of a packed row, in the form that each backend asks for, made once for all layers."""
+
+    def __init__(self, segments: tuple[Segment, ...], device: torch.device) -> None:
+        self.segments = segments
+        self.device = device
+        self._masks: dict[int | None, BlockMask] = {}
+
+    @cached_property
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[T] int64 each: the group of a token, its answer in the group (0: the prompt), its position."""
+        groups: list[int] = []
+        answers: list[int] = []
+        positions: list[int] = []
+        for number, segment in enumerate(self.segments):
+            for answer, length in enumerate((segment.prompt_length, *segment.response_lengths)):
+                groups += [number] * length
+                answers += [answer] * length
+                first = segment.prompt_length if answer else 0
+                positions += range(first, first + length)
+        return (
+            torch.tensor(groups, device=self.device),
+            torch.tensor(answers, device=self.device),
+            torch.tensor(positions, device=self.device),
+        )
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Return the layout as FlexAttention takes it; layers with the same window share one."""
+        if window not in self._masks:
+            tokens = len(self.labels[0])
+            # Compiled, the mask of all tokens with all tokens is never in memory.
+            self._masks[window] = create_block_mask(
+                sees(self.labels, window), None, None, tokens, tokens, self.device, _compile=self.device.type == "cuda"
+            )
+        return self._masks[window]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The layout as flash attention takes it."""
+        keys: list[int] = []
+        queries: list[int] = []
+        counts: list[int] = []
+        for segment in self.segments:
+            prompt = range(segment.start, segment.start + segment.prompt_length)
+            begin = prompt.stop
+            for number, length in enumerate(segment.response_lengths):
+                own = range(begin, begin + length)
+                queries.append(length if number else len(prompt) + length)
+                counts.append(len(prompt) + length)
+                keys += [*prompt, *own]
+                begin = own.stop
+        return Sequences(
+            key_rows=torch.tensor(keys, device=self.device),
+            query_ends=self._ends(queries),
+            key_ends=self._ends(counts),
+            most_queries=max(queries),
+            most_keys=max(counts),
+        )
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+
+
+def sees(labels: tuple[Tensor, Tensor, Tensor], window: int | None) -> Callable[..., Tensor]:
+    """Return which keys a query sees, as a mask function of FlexAttention: (batch, head, query, key) -> bool."""
+    group, answer, position = labels
+
+    def mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = position[query] - position[key]
+        own = (answer[key] == 0) | (answer[key] == answer[query])
+        seen = (group[query] == group[key]) & own & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+    return mask
+
+
+def attention_name(backend: Backend) -> str:
+    """Return the name by which transformers knows a backend, and make it known; again changes nothing."""
+    # A name that holds another's (`sdpa`, `flex`) would be taken for it.
+    name = {"sdpa": "prefloop_loop", "flex": "prefloop_mask", "varlen": "prefloop_sequences"}[backend]
     # Because the name has no mask function, transformers makes no attention mask for it.
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionInterface.register(name, partial(packed_attention, kernel=_KERNELS[backend]))
+    return name
 
 
 def packed_attention(
@@ -33,11 +135,13 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
+    kernel: "Kernel",
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: tuple[Segment, ...] | None = None,
+    layout: Layout | None = None,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
     """Attend within groups.
@@ -47,26 +151,43 @@ def packed_attention(
         query: [1, heads, T, D].
         key: [1, key heads, T, D].
         value: [1, key heads, T, D].
-        attention_mask: always None: the layout is in `segments`.
+        attention_mask: always None: the layout is in `layout`.
+        kernel: one of the backends.
         scaling: factor on the scores.
         dropout: must be 0.
         sliding_window: a key farther back than this many positions is not seen.
         softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2.
-        segments: the packed layout.
+        layout: the packed layout.
         kwargs: other arguments of the interface, which do not change the result.
 
     Returns:
         [1, T, heads, D], and no weights.
 
     Raises:
-        ModelError: the layer asks for something that this attention does not compute exactly.
+        ModelError: the layer asks for something that the backend does not compute exactly.
     """
-    if segments is None or attention_mask is not None:
-        msg = f"{ATTENTION_NAME} needs `segments` and no attention mask; call the model through `ScoringModel`"
+    if layout is None or attention_mask is not None:
+        msg = "packed attention needs `layout` and no attention mask; call the model through `ScoringModel`"
         raise ModelError(msg)
     if dropout:
         msg = f"attention dropout {dropout} cannot be packed exactly\n\nHint: set attention_dropout to 0 in the config."
         raise ModelError(msg)
+    return kernel(query, key, value, layout, sliding_window, scaling, softcap), None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Layout, int | None, float | None, float | None], Tensor]
+"""(query, key, value, layout, window, scaling, softcap) -> [1, T, heads, D], shapes as in `packed_attention`."""
+
+
+def _by_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
     dtype, device = value.dtype, value.device.type
     # torch's CPU kernel takes twice as long in bf16 as in fp32, most of it in backward, and rounds more.
     narrow = device == "cpu" and dtype == torch.bfloat16
@@ -74,8 +195,80 @@ def packed_attention(
         if narrow:
             query, key, value = query.float(), key.float(), value.float()
         attend = partial(_attend, scaling=scaling, softcap=softcap)
-        outputs = [_attend_group(query, key, value, segment, sliding_window, attend) for segment in segments]
-        return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+        outputs = [_attend_group(query, key, value, segment, window, attend) for segment in layout.segments]
+        return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous()
+
+
+def _by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and query.requires_grad:
+        msg = "FlexAttention has no backward on a CPU\n\nHint: set train.attention to `sdpa`."
+        raise ModelError(msg)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        assert softcap is not None  # noqa: S101  only asked where there is one
+        return softcap * torch.tanh(score / softcap)
+
+    kernel: Any = flex_attention if on_cpu else _compiled_flex()
+    attended: Tensor = kernel(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=layout.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    # Rows differ in length, and a kernel for each would be compiled for ever.
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+def _by_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    if softcap is not None:
+        msg = "flash attention over sequences knows no cap on attention scores\n\nHint: set train.attention to `flex`."
+        raise ModelError(msg)
+    sequences = layout.sequences
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    attended = varlen_attn(
+        q.contiguous(),
+        k[sequences.key_rows],
+        v[sequences.key_rows],
+        sequences.query_ends,
+        sequences.key_ends,
+        sequences.most_queries,
+        sequences.most_keys,
+        scale=scaling,
+        # Keys up to so many positions back, and none ahead.
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(attended, Tensor)  # noqa: S101  no second output was asked for
+    return attended[None]
+
+
+_KERNELS: Mapping[Backend, Kernel] = {"sdpa": _by_sdpa, "flex": _by_flex, "varlen": _by_varlen}
 
 
 def _attend_group(

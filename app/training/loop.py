@@ -322,7 +322,7 @@ def measure_exported(
         groups = [scored.get(group.group_id, group) for group in groups]
     model = merged_model(policy)
     measured = measure(
-        ScoringModel(model, agreement=policy.agreement),
+        ScoringModel(model, agreement=policy.agreement, backend=policy.backend),
         groups,
         objective=objective,
         reference=precomputed,

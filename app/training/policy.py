@@ -41,7 +41,7 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
         model = start.model.requires_grad_(requires_grad=True)
         if section.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return ScoringModel(model, agreement=agreement)
+        return ScoringModel(model, agreement=agreement, backend=section.attention)
     config = LoraConfig(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,  # type: ignore[arg-type]  # a float works, the annotation says int
@@ -75,7 +75,7 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
     if section.activation_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    return ScoringModel(adapted, agreement=agreement)
+    return ScoringModel(adapted, agreement=agreement, backend=section.attention)
 
 
 def trainable(policy: ScoringModel) -> dict[str, torch.nn.Parameter]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from app.training import attention
+from app.training.attention import Backend, Layout, attention_name
 from app.training.batch import PackedBatch, token_bins
 from app.training.tokenization import Group
 
@@ -45,15 +45,18 @@ class ScoringModel(nn.Module):
     Args:
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
+        backend: what computes the attention of packed rows.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, agreement: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, *, agreement: bool = False, backend: Backend = "sdpa"
+    ) -> None:
         super().__init__()
         self.agreement = agreement
+        self.backend = backend
         self.plain_because = unpackable(model)
         if self.plain_because is None:
-            attention.register()
-            model.set_attn_implementation(attention.ATTENTION_NAME)
+            model.set_attn_implementation(attention_name(backend))
         else:
             model.set_attn_implementation(own_attention(model))
         model.config.use_cache = False
@@ -161,7 +164,10 @@ def own_attention(model: PreTrainedModel | PeftModel) -> str:
 def _packed_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
     """Return [R, D]: the hidden state that predicts each response token."""
     hidden: Tensor = decoder(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        layout=Layout(batch.segments, batch.input_ids.device),
     ).last_hidden_state[0]
     return hidden[batch.predictor_rows]
 
