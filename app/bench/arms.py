@@ -83,18 +83,20 @@ class Measured:
 def run_ours(work: Work, arm: Arm) -> Measured:
     """Do the work with the loop that every train worker runs, without Ray."""
     torch.set_num_threads(work.threads)
-    section = section_of(work)
+    section, device = section_of(work), this_device()
     home = Home.at(work.home_uri)
-    start = load_model(home, work.model_id, dtype="float32" if work.adapter == "full" else work.dtype)
+    start = load_model(home, work.model_id, dtype="float32" if work.adapter == "full" else work.dtype, device=device)
     groups = list(work.groups)
     score_seconds = 0.0
     if arm.reference == "cached":
         began = time.perf_counter()
-        scorer = ScoringModel(load_model(home, work.model_id, dtype=work.dtype).model)
-        groups = with_reference_logps(groups, frozen(scorer, work.dtype), token_budget=work.micro_batch_tokens)
-        del scorer
+        score = frozen(ScoringModel(load_model(home, work.model_id, dtype=work.dtype, device=device).model), work.dtype)
+        groups = with_reference_logps(
+            groups, lambda batch: score(batch.to(device)), token_budget=work.micro_batch_tokens
+        )
+        del score
         score_seconds = time.perf_counter() - began
-    policy = build_policy(start, section)
+    policy = build_policy(start, section).to(device)
     reference = precomputed if arm.reference == "cached" else _online(work, policy)
     steps = list(step_groups(groups, work.batch_pairs))
     seconds, losses = [], []
@@ -123,6 +125,11 @@ def run_ours(work: Work, arm: Arm) -> Measured:
     )
 
 
+def this_device() -> torch.device:
+    """Return the GPU on which both trainers run where there is one, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def section_of(work: Work) -> TrainSection:
     """Return the train section under which our loop does the work, and by which a rival is set up."""
     return TrainSection(
@@ -139,7 +146,8 @@ def section_of(work: Work) -> TrainSection:
 def _online(work: Work, policy: ScoringModel) -> Reference:
     if work.adapter == "lora":
         return adapter_off(policy, work.dtype)
-    return frozen(ScoringModel(load_model(Home.at(work.home_uri), work.model_id, dtype=work.dtype).model), work.dtype)
+    model = load_model(Home.at(work.home_uri), work.model_id, dtype=work.dtype, device=this_device()).model
+    return frozen(ScoringModel(model), work.dtype)
 
 
 def main() -> None:

@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.bench.arms import Arm, section_of
+from app.bench.arms import Arm, section_of, this_device
 from app.bench.rival import pinned_trainer, quiet_trl
 from app.bench.work import Work
 from app.models import load_model
 from app.storage import Home
-from app.training.batch import PackedBatch
 from app.training.loop import SingleWorker, optimise
 from app.training.objectives import load_objective
-from app.training.policy import build_policy, frozen, trainable
+from app.training.policy import build_policy, frozen, precomputed, trainable
 from app.training.scoring import ScoringModel, with_reference_logps
 
 LOSS_TOLERANCE = 1e-5
@@ -67,17 +66,19 @@ def compare(work: Work, *, groups: int) -> Parity:
 def _our_gradient(work: Work) -> tuple[float, Tensor]:
     # Without a bound on its norm, the gradient is what `optimise` leaves in the parameters.
     section = section_of(work).model_copy(update={"max_grad_norm": 1e9})
-    home = Home.at(work.home_uri)
-    scorer = frozen(ScoringModel(load_model(home, work.model_id, dtype="float32").model), "float32")
-    groups = with_reference_logps(work.groups, scorer, token_budget=work.micro_batch_tokens)
-    policy = build_policy(load_model(home, work.model_id, dtype="float32"), section)
+    home, device = Home.at(work.home_uri), this_device()
+    score = frozen(ScoringModel(load_model(home, work.model_id, dtype="float32", device=device).model), "float32")
+    groups = with_reference_logps(
+        work.groups, lambda batch: score(batch.to(device)), token_budget=work.micro_batch_tokens
+    )
+    policy = build_policy(load_model(home, work.model_id, dtype="float32", device=device), section).to(device)
     parameters = trainable(policy)
     _move(parameters)
     (report,) = optimise(
         policy,
         [groups],
         objective=load_objective(section.objective, section.options),
-        reference=_columns,
+        reference=precomputed,
         optimizer=torch.optim.SGD(parameters.values(), lr=0.0),
         section=section,
         total_steps=1,
@@ -87,11 +88,6 @@ def _our_gradient(work: Work) -> tuple[float, Tensor]:
     return report.loss, _flat({name: p.grad for name, p in parameters.items() if p.grad is not None})
 
 
-def _columns(batch: PackedBatch) -> Tensor:
-    assert batch.reference_logps is not None  # noqa: S101  scored above
-    return batch.reference_logps.float()
-
-
 def _rival_gradient(work: Work) -> tuple[float, Tensor]:
     arm = Arm("parity", "trl", "online", "float32", batch=work.batch_pairs)
     with tempfile.TemporaryDirectory(prefix="prefloop-parity-") as scratch:
@@ -99,7 +95,9 @@ def _rival_gradient(work: Work) -> tuple[float, Tensor]:
         trainer = pinned_trainer(work, arm, work.groups, folder=scratch)
         parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         _move(parameters)
-        batch = trainer.data_collator(list(trainer.train_dataset))
+        batch = {
+            name: t.to(trainer.model.device) for name, t in trainer.data_collator(list(trainer.train_dataset)).items()
+        }
         loss = trainer.compute_loss(trainer.model.train(), batch)
         loss.backward()
         return float(loss.detach()), _flat({name: p.grad for name, p in parameters.items() if p.grad is not None})
@@ -114,7 +112,7 @@ def _move(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([gradient.double().flatten() for _, gradient in sorted(gradients.items())])
+    return torch.cat([gradient.double().flatten().cpu() for _, gradient in sorted(gradients.items())])
 
 
 def main() -> None:

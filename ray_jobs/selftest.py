@@ -1,0 +1,334 @@
+"""Self-test: what a GPU machine computes, proven there, in one JSON; the rows "not run" of docs/training.md wait for it.
+
+    python -m ray_jobs.selftest [--model SFT] [--json FILE]
+
+It asks nothing of a recipe or a home: a model, groups of random tokens, and the functions that the train job calls. Without a
+GPU it does what a CPU can and says of the rest that it was not run and why. Exit code 1 where a check failed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+import torch
+from rich.console import Console
+
+from app.bench.arms import Arm
+from app.bench.runner import run_arm, run_parity
+from app.bench.train import BATCH, require_rival
+from app.bench.work import Work
+from app.config import Recipe, TrainSection, parse_recipe
+from app.errors import PrefloopError, TrainingError
+from app.ledger import Ledger, ModelRow, RunStepRow
+from app.models import ensure_sft, load_model
+from app.storage import Home
+from app.training.attention import Backend
+from app.training.batch import step_groups
+from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.loop import SingleWorker, StepReport, check_packing, make_optimizer, optimise
+from app.training.objectives import load_objective
+from app.training.policy import build_policy, frozen, precomputed, trainable
+from app.training.scoring import ScoringModel, with_reference_logps
+from app.training.snapshots import Binding, global_order, write_training_snapshot
+from app.training.tokenization import Group, Preference
+from ray_jobs.session import ray_cluster
+from ray_jobs.train import train
+
+_BACKENDS: tuple[Backend, ...] = ("sdpa", "flex", "varlen")
+_PAIRS = 32
+_STEP_PAIRS = 8
+_PROMPT, _ANSWER = 48, 24
+
+
+class NotRun(Exception):  # noqa: N818
+    """A check does not apply here; the argument says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the result."""
+
+    name: str
+    status: Literal["passed", "failed", "not run"]
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the checks share: a home of their own, a model in it, and groups of random tokens."""
+
+    home: Home
+    ledger: Ledger
+    model: ModelRow
+    sft: str
+    groups: tuple[Group, ...]
+    device: torch.device
+
+    def load(self, dtype: str) -> Any:
+        """Load the model onto the device."""
+        return load_model(self.home, self.model.model_id, dtype=dtype, device=self.device)
+
+
+def selftest(sft: str, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run every check and return the result as plain values."""
+    with tempfile.TemporaryDirectory(prefix="prefloop-selftest-") as scratch:
+        home = Home.at(scratch)
+        ledger = Ledger.open(home.ledger_url)
+        model = ensure_sft(home, ledger, sft)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        vocabulary = load_model(home, model.model_id, dtype="bfloat16").model.config.vocab_size
+        bench = Bench(home, ledger, model, sft, random_groups(vocabulary), device)
+        checks = [
+            _check(f"packed = plain rows, {backend}, {dtype}", lambda b=backend, d=dtype: packing(bench, b, d), say)  # type: ignore[misc]
+            for backend in _BACKENDS
+            for dtype in ("float32", "bfloat16")
+        ]
+        checks.append(_check("a run that continues = an unbroken one", lambda: resume(bench), say))
+        checks.append(_check("the train job = one process", lambda: job(bench), say))
+        checks.append(_check("ZeRO-3 policy and reference", _sharded, say))
+        checks.append(_check("pairs a second against TRL", lambda: speed(bench), say))
+        ledger.close()
+    return {"machine": _machine(), "checks": [dataclasses.asdict(check) for check in checks]}
+
+
+def random_groups(vocabulary: int) -> tuple[Group, ...]:
+    """Return groups of two answers, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, vocabulary, (length,), generator=generator).tolist())
+
+    return tuple(
+        Group(
+            group_id=f"g{i}",
+            cluster=f"c{i}",
+            split="train",
+            prompt_ids=draw(_PROMPT - 5 * (i % 8)),
+            responses=(draw(_ANSWER - i % 9), draw(_ANSWER - i % 5)),
+            pairs=(Preference(0, 1, 1.0, f"p{i}", "selftest"),),
+        )
+        for i in range(_PAIRS)
+    )
+
+
+def packing(bench: Bench, backend: Backend, dtype: str) -> str:
+    """Compare scores and gradients of packed rows with those of plain ones."""
+    on_gpu = bench.device.type == "cuda"
+    if backend != "sdpa" and not on_gpu:
+        msg = "no GPU"
+        raise NotRun(msg)
+    if backend == "varlen" and dtype == "float32":
+        msg = "flash attention computes in half precision"
+        raise NotRun(msg)
+    section = _section(dtype, backend)
+    policy = build_policy(bench.load("float32"), section).to(bench.device)
+    apart = check_packing(policy, bench.groups[:4], section=section)
+    return f"scores {apart:.1e} nat apart for the root of a token, gradients within the tolerance of the train job"
+
+
+def resume(bench: Bench) -> str:
+    """Train to the end at once, and with a checkpoint between, and compare the weights."""
+    section = _section("float32", "sdpa")
+    steps = list(step_groups(_scored(bench), _STEP_PAIRS))
+    whole = _policy(bench, section)
+    _optimise(whole, section, steps, len(steps), done=0, optimizer=make_optimizer(whole, section))
+    half = len(steps) // 2
+    identity = RunIdentity("selftest", "selftest", bench.model.digest, "selftest")
+    first = _policy(bench, section)
+    optimizer = make_optimizer(first, section)
+    _optimise(first, section, steps[:half], len(steps), done=0, optimizer=optimizer)
+    save_checkpoint(bench.home, identity, first, optimizer, step=half, reports=())
+    second = _policy(bench, section)
+    optimizer = make_optimizer(second, section)
+    done = load_newest(bench.home, identity, second, optimizer).step
+    _optimise(second, section, steps[done:], len(steps), done=done, optimizer=optimizer)
+    pairs = zip(trainable(whole).values(), trainable(second).values(), strict=True)
+    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    # Kernels of a GPU may add up in another order each time.
+    allowed = 0.0 if bench.device.type == "cpu" else 1e-6
+    if not apart <= allowed:
+        msg = f"weights differ by {apart:.1e} (allowed: {allowed:g})"
+        raise TrainingError(msg)
+    return f"weights after {len(steps)} steps differ by {apart:.1e}"
+
+
+def job(bench: Bench) -> str:
+    """Run the train job on Ray, with a worker for each of two GPUs (or CPUs), and compare its losses with one process."""
+    gpus = torch.cuda.device_count()
+    workers = min(2, gpus) if gpus else 2
+    section = _section("float32", "sdpa")
+    scored = global_order(_scored(bench), 0)
+    loaded = bench.load("float32")
+    binding = Binding(
+        "selftest", loaded.template_digest, _PROMPT + _ANSWER, "drop", 0, bench.model.digest, section.dtype
+    )
+    snapshot = write_training_snapshot(
+        bench.home, bench.ledger, scored, binding=binding, counts={}, rows_per_file=len(scored)
+    )
+    recipe = _recipe(bench, section, workers=workers, use_gpu=bool(gpus))
+    with ray_cluster(bench.home):
+        result = train(bench.home, bench.ledger, recipe, snapshot.snapshot_id, run_id="selftest")
+        backend = "NCCL" if gpus else "gloo"
+    with bench.ledger.read() as session:
+        rows = session.scalars(
+            sa.select(RunStepRow).where(RunStepRow.run_id == result.run_id).order_by(RunStepRow.step)
+        ).all()
+    # One step holds all groups, so the order in which the job reads them is of no matter.
+    policy = _policy(bench, section)
+    steps = [scored] * len(rows)
+    expected = _optimise(policy, section, steps, len(rows), done=0, optimizer=make_optimizer(policy, section))
+    apart = max(
+        abs(row.metrics["loss"] - report.loss) / report.loss
+        for row, report in zip(rows, expected, strict=True)
+        if report.loss
+    )
+    if not apart <= 1e-5:
+        msg = f"losses of {workers} workers ({backend}) differ by {apart:.1e} relative from one process"
+        raise TrainingError(msg)
+    return f"{workers} workers, {backend}: losses of {len(rows)} steps within {apart:.1e} relative"
+
+
+def _sharded() -> str:
+    msg = "the policy is not sharded yet"
+    raise NotRun(msg)
+
+
+def speed(bench: Bench) -> str:
+    """Train the groups with ours and with TRL and tell both in pairs a second."""
+    try:
+        require_rival()
+    except TrainingError as error:
+        raise NotRun(str(error).splitlines()[0]) from None
+    work = Work(
+        home_uri=bench.home.uri,
+        sft=bench.sft,
+        model_id=bench.model.model_id,
+        groups=bench.groups,
+        adapter="full",
+        dtype="bfloat16",
+        max_length=_PROMPT + _ANSWER,
+        batch_pairs=BATCH,
+        micro_batch_tokens=2048,
+        learning_rate=1e-5,
+        threads=torch.get_num_threads(),
+    )
+    parity = run_parity(work)
+    if not parity.passed:
+        raise TrainingError(parity.line())
+    ours = run_arm(work, Arm("prefloop", "prefloop", "online", work.dtype, batch=0))
+    theirs = run_arm(work, Arm("trl", "trl", "online", work.dtype, batch=BATCH))
+    return f"prefloop {1 / ours.steady:.2f}, TRL {1 / theirs.steady:.2f} ({theirs.steady / ours.steady:.2f}x; {parity.line()})"
+
+
+def _check(name: str, run: Callable[[], str], say: Callable[[str], None]) -> Check:
+    began = time.perf_counter()
+    status: Literal["passed", "failed", "not run"] = "passed"
+    try:
+        detail = run()
+    except NotRun as reason:
+        status, detail = "not run", str(reason)
+    except (PrefloopError, RuntimeError) as error:
+        status, detail = "failed", f"{type(error).__name__}: {error}"
+    check = Check(name, status, detail, round(time.perf_counter() - began, 1))
+    say(f"{status:<8} {name}: {detail}")
+    return check
+
+
+def _section(dtype: str, backend: Backend) -> TrainSection:
+    return TrainSection.model_validate(
+        {
+            "adapter": "full",
+            "dtype": dtype,
+            "attention": backend,
+            "learning_rate": 1e-4,
+            "batch_pairs": _PAIRS,
+            "epochs": 2,
+            "micro_batch_tokens": 512,
+        }
+    )
+
+
+def _recipe(bench: Bench, section: TrainSection, *, workers: int, use_gpu: bool) -> Recipe:
+    tree = {
+        "name": "selftest",
+        "model": {"sft": bench.sft},
+        "pairs": {"min_pairs": 1},
+        "prepare": {"max_length": _PROMPT + _ANSWER},
+        "train": section.model_dump(mode="json", exclude_unset=True),
+        "workers": {"workers": workers, "cpus_per_worker": 1, "use_gpu": use_gpu, "max_failures": 0},
+    }
+    return parse_recipe(tree, place="selftest")
+
+
+def _scored(bench: Bench) -> list[Group]:
+    reference = frozen(ScoringModel(bench.load("float32").model), "float32")
+    return with_reference_logps(bench.groups, lambda batch: reference(batch.to(bench.device)), token_budget=512)
+
+
+def _policy(bench: Bench, section: TrainSection) -> ScoringModel:
+    return build_policy(bench.load("float32"), section).to(bench.device)
+
+
+def _optimise(
+    policy: ScoringModel,
+    section: TrainSection,
+    steps: Sequence[Sequence[Group]],
+    total: int,
+    *,
+    done: int,
+    optimizer: torch.optim.Optimizer,
+) -> list[StepReport]:
+    return list(
+        optimise(
+            policy,
+            steps,
+            objective=load_objective(section.objective, section.options),
+            reference=precomputed,
+            optimizer=optimizer,
+            section=section,
+            total_steps=total,
+            done_steps=done,
+            workers=SingleWorker(),
+        )
+    )
+
+
+def _machine() -> dict[str, Any]:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    libraries = {name: version(name) for name in ("torch", "transformers", "ray")}
+    return {
+        "gpus": names,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+        **libraries,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the self-test."""
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.selftest")
+    parser.add_argument("--model", default="embedded", help="`embedded`, a folder or a hub id")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    options = parser.parse_args(argv)
+    console = Console()
+    result = selftest(options.model, say=lambda line: console.print(line, highlight=False, markup=False))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 1 if any(check["status"] == "failed" for check in result["checks"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

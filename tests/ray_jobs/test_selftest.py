@@ -1,0 +1,56 @@
+"""The self-test runs here as far as a CPU goes, says what it did not run, and sees what is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from app.training.attention import Layout
+from ray_jobs import selftest
+
+
+@pytest.fixture
+def bench(home, ledger, tiny_model):
+    from app.models import ensure_sft
+
+    model = ensure_sft(home, ledger, str(tiny_model))
+    groups = selftest.random_groups(258)
+    return selftest.Bench(home, ledger, model, str(tiny_model), groups, torch.device("cpu"))
+
+
+def test_packed_rows_and_a_run_that_continues_pass_on_a_cpu(bench):
+    assert "gradients within the tolerance" in selftest.packing(bench, "sdpa", "float32")
+    assert "differ by 0.0e+00" in selftest.resume(bench)
+
+
+def test_what_needs_a_gpu_is_not_run_and_says_so(bench):
+    for backend in ("flex", "varlen"):
+        with pytest.raises(selftest.NotRun, match="no GPU"):
+            selftest.packing(bench, backend, "bfloat16")
+
+
+def test_a_wrong_attention_fails_the_self_test(bench, monkeypatch):
+    """As if every answer saw the one before it."""
+    labels = Layout.__init__
+
+    def wrong(self, segments, device):
+        joined = tuple(s.__class__(s.start, s.prompt_length, (sum(s.response_lengths),)) for s in segments)
+        labels(self, joined, device)
+
+    monkeypatch.setattr(Layout, "__init__", wrong)
+    check = selftest._check("packed", lambda: selftest.packing(bench, "sdpa", "float32"), lambda line: None)
+    assert check.status == "failed"
+    assert "packed" in check.detail
+
+
+@pytest.mark.full
+def test_the_whole_self_test_writes_one_json(tiny_model, tmp_path, capsys):
+    path = tmp_path / "selftest.json"
+    assert selftest.main(["--model", str(tiny_model), "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    status = {check["name"]: check["status"] for check in result["checks"]}
+    assert status["the train job = one process"] == "passed"
+    assert status["pairs a second against TRL"] == "passed"
+    assert status["ZeRO-3 policy and reference"] == "not run"
+    assert result["machine"]["gpus"] == []
+    assert "not run" in capsys.readouterr().out
