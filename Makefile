@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint format browser clean
+.PHONY: demo test test-full bench lint format browser clean
 
 demo: $(STAMP)
 	$(BIN)/prefloop demo $(ARGS)
@@ -14,6 +14,9 @@ test: $(STAMP) browser
 test-full: $(STAMP) browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track]"
 	$(BIN)/pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/prefloop bench train $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

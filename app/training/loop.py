@@ -198,8 +198,10 @@ def optimise(
         policy.train()
         optimizer.zero_grad(set_to_none=False)
         totals = _Totals.of(groups, objective.unit)
-        own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
-        kl = _kl(policy, strangers, reference, section=section, workers=workers) if "kl" in objective.needs else None
+        own, kl = rank_share(groups, rank=workers.rank, world_size=workers.size), None
+        if "kl" in objective.needs:
+            own, strangers = _divided(own)
+            kl = _kl(policy, strangers, reference, section=section, workers=workers)
         sums = _Sums(device, dtype=section.dtype)
         odd: list[str] = []
         for batch in micro_batches(own, section.micro_batch_tokens):
@@ -236,7 +238,7 @@ def optimise(
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = report.learning_rate
         optimizer.step()
-        yield report
+        yield replace(report, seconds=time.perf_counter() - began)
 
 
 def measure(
