@@ -15,6 +15,7 @@ test-full: $(STAMP) browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track]"
 	$(BIN)/pytest $(ARGS)
 
+# ARGS="--data PAIRS" at least
 bench: $(STAMP)
 	$(BIN)/prefloop bench train $(ARGS)
 

@@ -230,6 +230,9 @@ def bench(
         micro_batch_tokens=micro_batch_tokens,
     )
     say = partial(typer.echo, err=True)
+    if into is not None and not into.resolve().parent.is_dir():
+        msg = f"`--json {into}`: there is no folder `{into.resolve().parent}`"
+        raise RecipeError(msg)
     if what == "ablate" and expect:
         msg = "--expect has no effect on `bench ablate`: remove it"
         raise RecipeError(msg)

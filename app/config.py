@@ -78,7 +78,7 @@ class PrepareSection(Section):
     too_long: Literal["drop", "truncate_response", "refuse"] = Field("drop", description="What becomes of longer rows.")
     seed: int = Field(0, ge=0, description="Seed of the fixed global shuffle.")
     rows_per_file: int = Field(4096, ge=1, description="Rows of one Parquet part file.")
-    reuse_scores: bool = Field(True, description="Take what the same reference scored for snapshots before.")
+    reuse_scores: bool = Field(True, description="Take what the same reference scored for the snapshot before.")
 
 
 class LoraSection(Section):
@@ -273,6 +273,9 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSection":
+        if self.attention == "varlen" and self.dtype == "float32":
+            msg = "`attention: varlen` computes in half precision only: set `dtype: bfloat16`, or `attention: flex`"
+            raise ValueError(msg)
         if self.adapter == "full" and self.reference == "adapter_off":
             msg = "`reference: adapter_off` needs `adapter: lora`: full fine-tuning has no adapter to switch off"
             raise ValueError(msg)
@@ -388,6 +391,9 @@ class Recipe(Section):
                 "`train.reference: adapter_off` scores the reference with the policy's own base, so `model.start` and "
                 "`model.reference_model` must name the same model; use `train.reference: precomputed`"
             )
+            raise ValueError(msg)
+        if self.train.attention != "sdpa" and not self.workers.use_gpu:
+            msg = f"`train.attention: {self.train.attention}` needs a GPU: set `workers.use_gpu`, or `train.attention: sdpa`"
             raise ValueError(msg)
         if self.collect is not None and self.collect.max_tokens > self.serving.max_tokens:
             msg = f"`collect.max_tokens` = {self.collect.max_tokens} is more than `serving.max_tokens` = {self.serving.max_tokens}, which the gateway refuses"

@@ -44,6 +44,7 @@ from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import ship
+from ray_jobs.trackers import require_trackers
 from ray_jobs.train import print_learning, require_pairs, require_train_room, train, usable_rows
 
 _CROSSING_STREAMS = 2
@@ -250,6 +251,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 
 def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
     require_train_room(recipe)
+    require_trackers(recipe.track, home)
     row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)
     print_summary(console, row)
     return {"snapshot": row.snapshot_id, "dropped": row.manifest["counts"]["dropped"]}

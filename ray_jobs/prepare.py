@@ -4,7 +4,7 @@
 
 Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
 Ray Data actors that hold it. What cannot train is counted by reason in the manifest. What the same reference
-scored for a snapshot before is not scored again.
+scored for the newest snapshot before is not scored again.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def _with_reference(
 ) -> list[Group]:
     """Return the groups with the log-probabilities of the reference; only what it has not scored yet is computed."""
     known = (
-        known_scores(home, ledger, groups, reference_digest=reference.digest, dtype=recipe.train.dtype)
+        known_scores(home, ledger, reference_digest=reference.digest, dtype=recipe.train.dtype)
         if recipe.prepare.reuse_scores
         else {}
     )

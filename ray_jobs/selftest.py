@@ -29,7 +29,7 @@ from app.bench.runner import run_arm, run_parity
 from app.bench.train import BATCH, require_rival
 from app.bench.work import Work
 from app.config import Recipe, TrainSection, parse_recipe
-from app.errors import PrefloopError, TrainingError
+from app.errors import TrainingError
 from app.ledger import Ledger, ModelRow, RunStepRow
 from app.models import ensure_sft, load_model
 from app.storage import Home
@@ -97,7 +97,6 @@ def selftest(sft: str, *, say: Callable[[str], None]) -> dict[str, Any]:
         ]
         checks.append(_check("a run that continues = an unbroken one", lambda: resume(bench), say))
         checks.append(_check("the train job = one process", lambda: job(bench), say))
-        checks.append(_check("ZeRO-3 policy and reference", _sharded, say))
         checks.append(_check("pairs a second against TRL", lambda: speed(bench), say))
         ledger.close()
     return {"machine": _machine(), "checks": [dataclasses.asdict(check) for check in checks]}
@@ -145,7 +144,7 @@ def resume(bench: Bench) -> str:
     whole = _policy(bench, section)
     _optimise(whole, section, steps, len(steps), done=0, optimizer=make_optimizer(whole, section))
     half = len(steps) // 2
-    identity = RunIdentity("selftest", "selftest", bench.model.digest, "selftest")
+    identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest")
     first = _policy(bench, section)
     optimizer = make_optimizer(first, section)
     _optimise(first, section, steps[:half], len(steps), done=0, optimizer=optimizer)
@@ -154,14 +153,14 @@ def resume(bench: Bench) -> str:
     optimizer = make_optimizer(second, section)
     done = load_newest(bench.home, identity, second, optimizer).step
     _optimise(second, section, steps[done:], len(steps), done=done, optimizer=optimizer)
-    pairs = zip(trainable(whole).values(), trainable(second).values(), strict=True)
-    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m).values()]) for m in (second, whole))
+    apart = float((ours - theirs).norm() / theirs.norm())
     # Kernels of a GPU may add up in another order each time.
-    allowed = 0.0 if bench.device.type == "cpu" else 1e-6
+    allowed = 0.0 if bench.device.type == "cpu" else 1e-5
     if not apart <= allowed:
-        msg = f"weights differ by {apart:.1e} (allowed: {allowed:g})"
+        msg = f"weights differ by {apart:.1e} of their norm (allowed: {allowed:g})"
         raise TrainingError(msg)
-    return f"weights after {len(steps)} steps differ by {apart:.1e}"
+    return f"weights after {len(steps)} steps differ by {apart:.1e} of their norm"
 
 
 def job(bench: Bench) -> str:
@@ -200,11 +199,6 @@ def job(bench: Bench) -> str:
     return f"{workers} workers, {backend}: losses of {len(rows)} steps within {apart:.1e} relative"
 
 
-def _sharded() -> str:
-    msg = "the policy is not sharded yet"
-    raise NotRun(msg)
-
-
 def speed(bench: Bench) -> str:
     """Train the groups with ours and with TRL and tell both in pairs a second."""
     try:
@@ -239,7 +233,7 @@ def _check(name: str, run: Callable[[], str], say: Callable[[str], None]) -> Che
         detail = run()
     except NotRun as reason:
         status, detail = "not run", str(reason)
-    except (PrefloopError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001  what one check meets must not keep the others from the result
         status, detail = "failed", f"{type(error).__name__}: {error}"
     check = Check(name, status, detail, round(time.perf_counter() - began, 1))
     say(f"{status:<8} {name}: {detail}")
@@ -307,7 +301,7 @@ def _optimise(
 
 def _machine() -> dict[str, Any]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    libraries = {name: version(name) for name in ("torch", "transformers", "ray")}
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "ray")}
     return {
         "gpus": names,
         "cuda": torch.version.cuda,
@@ -321,12 +315,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the self-test."""
     parser = argparse.ArgumentParser(prog="python -m ray_jobs.selftest")
     parser.add_argument("--model", default="embedded", help="`embedded`, a folder or a hub id")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--json", type=Path, default=Path("selftest.json"), help="where the result is written")
     options = parser.parse_args(argv)
     console = Console()
     result = selftest(options.model, say=lambda line: console.print(line, highlight=False, markup=False))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 1 if any(check["status"] == "failed" for check in result["checks"]) else 0
 
 

@@ -12,15 +12,13 @@ import dataclasses
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 import ray.data
 import ray.train
-import sqlalchemy as sa
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -41,7 +39,7 @@ from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
-from ray_jobs.trackers import Trackers, require_trackers, tracked
+from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
     RESULT,
@@ -152,11 +150,11 @@ def train(
     )
     _record_start(ledger, recipe, task, reference)
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
+    follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
     try:
-        with _followed(ledger, task, console, trackers):
-            _fit(home, recipe, snapshot, task)
+        _fit(home, recipe, snapshot, task)
         result = _finish(home, ledger, recipe, task)
-        trackers.log(task.total_steps, tracked(result.metrics))
+        follower.end((task.total_steps, tracked(result.metrics)))
         return result
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
@@ -178,11 +176,7 @@ def train(
         _record_end(ledger, run_id, status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
-        trackers.close()
-        for kind, why in trackers.lost.items():
-            ledger.audit("train", "tracker lost", run_id, {"tracker": kind, "error": why})
-            if console is not None:
-                console.print(f"warning: {kind} got no more of this run: {why}", highlight=False, markup=False)
+        follower.end()
 
 
 def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:
@@ -199,36 +193,8 @@ def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[Tr
     return section.model_copy(update={"epochs": epochs}), steps
 
 
-@contextmanager
-def _followed(ledger: Ledger, task: TrainTask, console: Console | None, trackers: Trackers) -> Iterator[None]:
-    """Show how far a run is and tell the trackers, as the controller writes its steps to the ledger."""
-    ended = threading.Event()
-    told = 0
-    with Meter(console) if console is not None else nullcontext() as meter:
-
-        def follow() -> None:
-            nonlocal told
-            newer = sa.select(RunStepRow).where(RunStepRow.run_id == task.identity.run_id, RunStepRow.step > told)
-            with ledger.read() as session:
-                rows = session.scalars(newer.order_by(RunStepRow.step)).all()
-            for row in rows:
-                trackers.log(row.step, tracked(row.metrics))
-                told = row.step
-            if rows and meter is not None:
-                meter.show("train: steps", rows[-1].step, task.total_steps, _note(rows[-1].metrics))
-
-        def watch() -> None:
-            while not ended.wait(1.0):
-                follow()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            follow()
+def _show(meter: Meter, row: RunStepRow, *, total: int) -> None:
+    meter.show("train: steps", row.step, total, _note(row.metrics))
 
 
 def _note(metrics: dict[str, Any]) -> str:
@@ -464,6 +430,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
             require_pairs(recipe, usable_rows(recipe, pairs))
             require_train_room(recipe)
+            require_trackers(recipe.track, home)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

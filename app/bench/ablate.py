@@ -7,7 +7,7 @@ else is in the time. A variant is the layout of a batch, so its numbers stay tho
     no packing     one group to a forward
     no sharing     every answer brings its own prompt
     all rows       the head on every token, prompts among them
-    none           one pair to a forward, a prompt before each answer, the head on every token
+    none           one group to a forward, a prompt before each answer, the head on every token
 """
 
 import statistics
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.bench.arms import section_of
+from app.bench.arms import section_of, this_device
 from app.bench.work import Work
 from app.models import load_model
 from app.storage import Home
@@ -52,8 +52,12 @@ def ablate(work: Work, *, rounds: int, say: Callable[[str], None]) -> list[Ablat
     torch.set_num_threads(work.threads)
     section = section_of(work)
     dtype = "float32" if work.adapter == "full" else work.dtype
-    policy = build_policy(load_model(Home.at(work.home_uri), work.model_id, dtype=dtype), section)
-    layouts: dict[str, list[PackedBatch]] = {name: make(work.groups, work.micro_batch_tokens) for name, make in LAYOUTS}
+    device = this_device()
+    policy = build_policy(load_model(Home.at(work.home_uri), work.model_id, dtype=dtype, device=device), section)
+    policy.to(device)
+    layouts = {
+        name: [batch.to(device) for batch in make(work.groups, work.micro_batch_tokens)] for name, make in LAYOUTS
+    }
     warm = next(iter(layouts.values()))[:1]
     _run(policy, warm, section.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
@@ -85,6 +89,8 @@ def _run(policy: ScoringModel, batches: Sequence[PackedBatch], dtype: str) -> No
             logps: Tensor = policy(batch).logps
         margins = logps[batch.chosen] - logps[batch.rejected]
         (-torch.nn.functional.logsigmoid(0.1 * margins)).sum().backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _packed(groups: Sequence[Group], budget: int) -> list[PackedBatch]:

@@ -9,13 +9,14 @@ fresh allocator and its own peak of memory, which the parent watches.
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 
-from app.bench.work import Work
+from app.bench.work import Work, pair_tokens
 from app.config import TrainSection
 from app.models import load_model
 from app.storage import Home
@@ -44,16 +45,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an arm did and how long it took."""
+    """What an arm did and how long it took; the tuples but `shapes` have one value for each optimizer step."""
 
     score_seconds: float
     """Pass of the reference over all rows; 0 where it is asked in each step."""
     step_seconds: tuple[float, ...]
     """From the end of a step to the end of the next; the first from the begin of training."""
     step_pairs: tuple[int, ...]
+    step_tokens: tuple[int, ...]
+    """See `pair_tokens`."""
     losses: tuple[float, ...]
+    logps: tuple[float, ...]
+    """Mean log-probability of the chosen answers, in nats."""
     shapes: tuple[tuple[int, int], ...]
     """Rows and tokens of a row, of every forward with gradients."""
+    score_shapes: tuple[tuple[int, int], ...]
+    """The same of the pass of the reference."""
     threads: int
     peak_pss: int = 0
     """Bytes, of the process and its children; the parent fills it in."""
@@ -65,19 +72,25 @@ class Measured:
 
     @property
     def steady(self) -> float:
-        """Seconds of a pair, without the first step."""
-        return sum(self.step_seconds[1:]) / sum(self.step_pairs[1:])
+        """Seconds for a token of a pair, without the first step."""
+        return sum(self.step_seconds[1:]) / sum(self.step_tokens[1:])
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that went through the backbone with gradients, padding and repeated prompts among them."""
-        return sum(rows * length for rows, length in self.shapes)
+        return tokens_of(self.shapes)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what an arm wrote."""
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**tree | {"shapes": tuple(map(tuple, tree["shapes"]))})
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+        return cls(**found | {name: tuple(map(tuple, tree[name])) for name in ("shapes", "score_shapes")})
+
+
+def tokens_of(shapes: Iterable[tuple[int, int]]) -> int:
+    """Return the tokens of batches of these rows and lengths."""
+    return sum(rows * length for rows, length in shapes)
 
 
 def run_ours(work: Work, arm: Arm) -> Measured:
@@ -99,7 +112,7 @@ def run_ours(work: Work, arm: Arm) -> Measured:
     policy = build_policy(start, section).to(device)
     reference = precomputed if arm.reference == "cached" else _online(work, policy)
     steps = list(step_groups(groups, work.batch_pairs))
-    seconds, losses = [], []
+    seconds, losses, logps = [], [], []
     last = time.perf_counter()
     for report in optimise(
         policy,
@@ -113,16 +126,24 @@ def run_ours(work: Work, arm: Arm) -> Measured:
     ):
         seconds.append(time.perf_counter() - last)
         last += seconds[-1]
-        losses.append(float("nan") if report.loss is None else report.loss)
+        losses.append(_number(report.loss))
+        logps.append(_number(report.logp_chosen))
     batches = [batch for step in steps for batch in micro_batches(step, work.micro_batch_tokens)]
     return Measured(
         score_seconds=score_seconds,
         step_seconds=tuple(seconds),
         step_pairs=tuple(sum(len(group.pairs) for group in step) for step in steps),
+        step_tokens=tuple(sum(map(pair_tokens, step)) for step in steps),
         losses=tuple(losses),
+        logps=tuple(logps),
         shapes=tuple((1, batch.input_ids.numel()) for batch in batches),
+        score_shapes=(),
         threads=torch.get_num_threads(),
     )
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def this_device() -> torch.device:

@@ -20,7 +20,8 @@ from app.schemas import Pair
 from app.storage import Home
 from app.training.tokenization import Group
 
-_RATIOS = ("online", "cached", "cached, 2 epochs", "steady", "headline")
+_RATIOS = ("online", "cached", "cached, 2 epochs, computed", "steady", "headline")
+_STEPS = 3
 _LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
 
 
@@ -68,16 +69,19 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
         msg = f"`--expect {strange[0]}`: no such ratio; there are: {', '.join(f'`{name}`' for name in known)}"
         raise RecipeError(msg)
     bench_home, works, pairs = _works(home, settings)
+    if few := [work for work in works.values() if work.pairs < _STEPS * work.batch_pairs]:
+        msg = f"--pairs {settings.pairs} makes fewer than {_STEPS} steps of {few[0].batch_pairs} pairs; the first and the last tell little\n\nHint: at least {_STEPS * few[0].batch_pairs}."
+        raise RecipeError(msg)
     loaded = load_model(bench_home, works[kinds[0]].model_id, dtype=settings.dtype)
     shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
     del loaded
-    peak = gemm_peak(settings.dtype, threads)
+    peaks = {dtype: gemm_peak(dtype, threads) for dtype in ("bfloat16", "float32")}
     lines, missed = [], []
     tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
         title = f"{kind}{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
-        found = compare_trainers(title, work, shape=shape, peak=peak, rounds=settings.rounds, say=say)
+        found = compare_trainers(title, work, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
         ratios = list(found.ratios)
         lines += found.lines(wanted)
         tree["works"][kind or "pairs"] = found.tree()

@@ -2,17 +2,17 @@
 
 Matrix products only, two operations for a multiplication with its addition; attention counts what is computed: a padded
 batch computes the whole square, a packed group only what lies under the diagonal. With adapters the backward pass has no
-weight gradients but the adapters' own, which are left out. See `notes` in docs/training.md for what the two trainers do.
+weight gradients but the adapters' own, which are left out.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from app.bench.arms import Arm, Measured
+from app.bench.arms import Arm, Measured, this_device, tokens_of
 from app.bench.work import Work
 from app.training.tokenization import Group
 
@@ -47,42 +47,55 @@ class ModelShape:
         return 2 * self.backbone * tokens, 2 * self.head * head_rows, 4 * self.attention * attended
 
 
-def operations(shape: ModelShape, work: Work, arm: Arm, measured: Measured) -> float:
-    """Return the operations of an arm: reference, forward and backward, over all of its steps."""
+def operations(shape: ModelShape, work: Work, arm: Arm, measured: Measured, *, compact: bool) -> float:
+    """Return the operations of an arm: reference, forward and backward, over all of its steps.
+
+    Args:
+        shape: of the model.
+        work: what was done.
+        arm: by whom.
+        measured: the shapes of its batches.
+        compact: whether TRL's head takes the rows that predict answers only, as it does on GPUs, or every row.
+    """
     backward = 1 if work.adapter == "lora" else 2
+    again = 1 if arm.checkpointing else 0
     if arm.trainer == "prefloop":
         backbone, head, attention = shape.forward(
             tokens=sum(group.num_tokens for group in work.groups),
             head_rows=sum(map(len, _responses(work.groups))),
             attended=sum(map(_attended, work.groups)),
         )
-        recompute = 0
-    else:
-        # On a CPU TRL's head takes every row, and its backward computes the logits again; a mask of padding makes
-        # attention compute the whole square.
-        backbone, head, attention = shape.forward(
-            tokens=measured.computed_tokens,
-            head_rows=measured.computed_tokens,
-            attended=sum(rows * length * length for rows, length in measured.shapes),
-        )
-        recompute = 1
-    # Attention has no weights: its backward is two products for each, whatever trains.
-    units = (2 + backward, 2 + backward + recompute, 4)
-    again = 1 if arm.checkpointing else 0
-    return float(backbone * (units[0] + again) + head * units[1] + attention * (units[2] + again))
+        # Beyond 2048 rows of answers in one forward our head computes its logits again, which is left out.
+        return float(backbone * (2 + backward) + head * (2 + backward) + attention * 4)
+    answered = sum(len(g.responses[i]) for g in work.groups for p in g.pairs for i in (p.chosen, p.rejected))
+
+    def forward(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+        tokens = tokens_of(shapes)
+        # A mask of padding makes attention compute the whole square.
+        attended = sum(rows * length * length for rows, length in shapes)
+        return shape.forward(tokens=tokens, head_rows=answered if compact else tokens, attended=attended)
+
+    scored = forward(measured.score_shapes or measured.shapes)
+    backbone, head, attention = forward(measured.shapes)
+    # Its backward computes the logits again. Attention has no weights: its backward is two products for each.
+    trained = backbone * (1 + backward + again) + head * (2 + backward) + attention * (3 + again)
+    return float(sum(scored) + trained)
 
 
 def gemm_peak(dtype: str, threads: int) -> float:
     """Measure the best rate of a matrix product of the sizes that training has, in operations a second."""
     torch.set_num_threads(threads)
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    kind, device = torch.bfloat16 if dtype == "bfloat16" else torch.float32, this_device()
     best = 0.0
     for rows, inner, columns in _SHAPES:
-        left, right = torch.randn(rows, inner, dtype=kind), torch.randn(columns, inner, dtype=kind)
+        left = torch.randn(rows, inner, dtype=kind, device=device)
+        right = torch.randn(columns, inner, dtype=kind, device=device)
         left @ right.T
         count, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < _MEASURE_S:
             left @ right.T
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             count += 1
         best = max(best, 2 * rows * inner * columns * count / elapsed)
     return best

@@ -4,8 +4,9 @@ Ours is `prefloop train` on a recipe: Ray, tokenisation, the reference pass, tra
 TRL's is `app.bench.trl_script`: tokenisation, training with the reference in each step, `save_model`.
 """
 
-import itertools
 import json
+import shutil
+import statistics
 import sys
 import tempfile
 import uuid
@@ -16,12 +17,12 @@ from pathlib import Path
 import sqlalchemy as sa
 import yaml
 
-from app.bench.arms import Measured, section_of
-from app.bench.runner import watched
+from app.bench.arms import Measured, section_of, this_device
+from app.bench.runner import CHILD, watched
 from app.bench.train import BATCH, Ratio, Say
 from app.bench.work import Work, plain_messages
 from app.config import PairSection
-from app.ledger import Ledger, RunStepRow
+from app.ledger import Ledger, RunRow, RunStepRow
 from app.preferences.snapshots import read_pairs, write_pair_snapshot
 from app.schemas import Pair, Split
 from app.storage import HOME_VARIABLE, Home
@@ -39,7 +40,7 @@ class Headline:
     peak_pss: int
     rival_peak_pss: int
     ray_overhead: float
-    """Seconds of a step of the job over those of the bare loop on the same rows, less one."""
+    """Seconds for a token in a step of the job over those of the bare loop, less one, but for first and last steps."""
     data_wait: float
     """Share of its steps in which the job waited for rows."""
 
@@ -84,21 +85,23 @@ def compare_headline(work: Work, pairs: Sequence[Pair], bare: Sequence[Measured]
         for number in range(rounds):
             runs.append(f"bench-{uuid.uuid4().hex[:8]}")
             command = [sys.executable, "-m", "ray_jobs", "train", str(recipe), "--run", runs[-1]]
-            ours.append(watched(command, name="prefloop train", environment={HOME_VARIABLE: home.uri}))
+            environment = {**CHILD, HOME_VARIABLE: home.uri}
+            ours.append(watched(command, name="prefloop train", environment=environment))
             say(f"headline, round {number + 1} of {rounds}: prefloop train: {ours[-1][0]:.1f} s")
             command = [sys.executable, "-m", "app.bench.trl_script", str(data), str(Path(scratch, f"model-{number}"))]
-            theirs.append(watched(command, name="TRL script"))
+            theirs.append(watched(command, name="TRL script", environment=CHILD))
             say(f"headline, round {number + 1} of {rounds}: TRL: {theirs[-1][0]:.1f} s")
-    per_step, wait = _job_steps(ledger, runs)
+    per_token, wait = _job_steps(ledger, runs)
+    _clean(home, ledger, runs)
     ledger.close()
-    seconds = [s for measured in bare for s in measured.step_seconds[1:]]
+    bare_per_token = statistics.median(sum(m.step_seconds[1:-1]) / sum(m.step_tokens[1:-1]) for m in bare)
     return Headline(
         pairs=len(rows),
         seconds=tuple(s for s, _ in ours),
         rival_seconds=tuple(s for s, _ in theirs),
         peak_pss=max(p for _, p in ours),
         rival_peak_pss=max(p for _, p in theirs),
-        ray_overhead=per_step / (sum(seconds) / len(seconds)) - 1,
+        ray_overhead=per_token / bare_per_token - 1,
         data_wait=wait,
     )
 
@@ -112,7 +115,12 @@ def _recipe(work: Work, snapshot_id: str) -> dict[str, object]:
         "pairs": {"min_pairs": 1},
         "prepare": {"max_length": work.max_length, "too_long": "truncate_response", "reuse_scores": False},
         "train": train,
-        "workers": {"workers": 1, "cpus_per_worker": 1, "threads_per_worker": work.threads},
+        "workers": {
+            "workers": 1,
+            "cpus_per_worker": 1,
+            "threads_per_worker": work.threads,
+            "use_gpu": this_device().type == "cuda",
+        },
     }
 
 
@@ -122,7 +130,6 @@ def _script_settings(work: Work, rows: Sequence[dict[str, object]], model: str) 
         "rows": list(rows),
         "model": model,
         "lora": section.lora.model_dump(mode="json") if work.adapter == "lora" else None,
-        "dtype": work.dtype,
         "threads": work.threads,
         "arguments": {
             "beta": section.options["beta"],
@@ -139,14 +146,27 @@ def _script_settings(work: Work, rows: Sequence[dict[str, object]], model: str) 
 
 
 def _job_steps(ledger: Ledger, runs: Sequence[str]) -> tuple[float, float]:
-    """Return seconds from step to step and the share of waiting for rows, over all steps of the runs but the first."""
+    """Return seconds for a token from report to report, and the share of waiting for rows, over the steps of the runs.
+
+    First steps are left out because nothing was reported before them, last ones because a checkpoint is written first.
+    """
     found = sa.select(RunStepRow).where(RunStepRow.run_id.in_(runs)).order_by(RunStepRow.run_id, RunStepRow.step)
     with ledger.read() as session:
         rows = session.scalars(found).all()
-    periods, waited, worked = [], 0.0, 0.0
-    for before, after in itertools.pairwise(rows):
-        if before.run_id == after.run_id:
-            periods.append((after.created_at - before.created_at).total_seconds())
+    seconds, tokens, waited, worked = 0.0, 0, 0.0, 0.0
+    for before, after, later in zip(rows, rows[1:], rows[2:], strict=False):
+        if before.run_id == after.run_id == later.run_id:
+            seconds += (after.created_at - before.created_at).total_seconds()
+            tokens += after.metrics["tokens"]
             waited += after.metrics["wait_seconds"]
             worked += after.metrics["seconds"]
-    return sum(periods) / len(periods), waited / (waited + worked)
+    return seconds / tokens, waited / (waited + worked)
+
+
+def _clean(home: Home, ledger: Ledger, runs: Sequence[str]) -> None:
+    """Remove what the runs left in the home of benchmarks: some gigabytes each."""
+    with ledger.read() as session:
+        models = session.scalars(sa.select(RunRow.output_model_id).where(RunRow.run_id.in_(runs))).all()
+    for kind, names in (("runs", runs), ("models", [model for model in models if model])):
+        for name in names:
+            shutil.rmtree(home.local(kind, name))

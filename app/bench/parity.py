@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from app.bench.arms import Arm, section_of, this_device
-from app.bench.rival import pinned_trainer, quiet_trl
+from app.bench.rival import pinned_trainer
 from app.bench.work import Work
 from app.models import load_model
 from app.storage import Home
@@ -25,10 +25,12 @@ from app.training.loop import SingleWorker, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, frozen, precomputed, trainable
 from app.training.scoring import ScoringModel, with_reference_logps
+from app.training.tokenization import Group
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 _NOISE = 1e-3
+_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,15 @@ class Parity:
         return f"parity (fp32, {self.pairs} pairs): loss {self.loss:.8f}, TRL {self.rival_loss:.8f} (allowed: {LOSS_TOLERANCE:g} relative); gradients {self.gradient_apart:.1e} apart (allowed: {GRADIENT_TOLERANCE:g})"
 
 
-def compare(work: Work, *, groups: int) -> Parity:
-    """Let both trainers take the loss and gradient of the first groups of the work."""
+def compare(work: Work) -> Parity:
+    """Let both trainers take the loss and gradient of the first groups of the work, as many as hold a few pairs."""
     torch.set_num_threads(work.threads)
-    few = list(work.groups[:groups])
+    # TRL takes all of them in one forward.
+    few: list[Group] = []
+    for group in work.groups:
+        if sum(len(g.pairs) for g in few) >= _PAIRS:
+            break
+        few.append(group)
     work = replace(work, dtype="float32", groups=tuple(few), batch_pairs=sum(len(group.pairs) for group in few))
     loss, ours = _our_gradient(work)
     rival_loss, theirs = _rival_gradient(work)
@@ -91,7 +98,6 @@ def _our_gradient(work: Work) -> tuple[float, Tensor]:
 def _rival_gradient(work: Work) -> tuple[float, Tensor]:
     arm = Arm("parity", "trl", "online", "float32", batch=work.batch_pairs)
     with tempfile.TemporaryDirectory(prefix="prefloop-parity-") as scratch:
-        quiet_trl(scratch)
         trainer = pinned_trainer(work, arm, work.groups, folder=scratch)
         parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         _move(parameters)
@@ -118,7 +124,7 @@ def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
 def main() -> None:
     """Compare on the first groups of a work."""
     folder = Path(sys.argv[1])
-    found = compare(Work.load(folder / "work.json"), groups=4)
+    found = compare(Work.load(folder / "work.json"))
     (folder / "parity.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
 
 

@@ -4,11 +4,12 @@ Nothing of TRL is changed but what it is given: token ids instead of text (`_pre
 tokens, a callback that reads the clock, and a collator that notes the shape of each batch. TRL is an extra (`bench`).
 """
 
-import os
+import itertools
+import random
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,17 +29,22 @@ def run_trl(work: Work, arm: Arm) -> Measured:
     torch.set_num_threads(work.threads)
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="prefloop-rival-") as scratch:
-        quiet_trl(scratch)
         trainer = pinned_trainer(work, arm, work.groups, folder=scratch, callbacks=[clock])
-        trainer.data_collator.shapes.clear()  # those of the reference pass
+        scored = trainer.data_collator.batches
+        trainer.data_collator.batches = []
         trainer.train()
-    steps = len(clock.seconds)
+    batches = trainer.data_collator.batches
+    each = work.batch_pairs // arm.batch
+    logs = [log for log in trainer.state.log_history if "loss" in log]
     return Measured(
         score_seconds=trainer.score_seconds,
         step_seconds=tuple(clock.seconds),
-        step_pairs=(work.batch_pairs,) * steps,
-        losses=tuple(log["loss"] for log in trainer.state.log_history if "loss" in log),
-        shapes=tuple(trainer.data_collator.shapes),
+        step_pairs=(work.batch_pairs,) * len(clock.seconds),
+        step_tokens=tuple(sum(b.pair_tokens for b in batches[i : i + each]) for i in range(0, len(batches), each)),
+        losses=tuple(log["loss"] for log in logs),
+        logps=tuple(log["logps/chosen"] for log in logs),
+        shapes=tuple(b.shape for b in batches),
+        score_shapes=tuple(b.shape for b in scored),
         threads=torch.get_num_threads(),
     )
 
@@ -66,6 +72,11 @@ def pinned_trainer(
     section = section_of(work)
     tokenizer = load_tokenizer(Home.at(work.home_uri), work.model_id)
     rows = [row | {"length": _length(row)} for group in groups for row in pair_rows(group)]
+    # TRL's order is random: pairs of one prompt, which lie together, would be padded less.
+    shuffle = random.Random(0).shuffle  # noqa: S311  an order, not a secret
+    steps = [rows[i : i + work.batch_pairs] for i in range(0, len(rows), work.batch_pairs)]
+    for step in steps:
+        shuffle(step)
     arguments = DPOConfig(
         output_dir=folder,
         beta=section.options["beta"],
@@ -109,7 +120,7 @@ def pinned_trainer(
         ref_model=reference,
         args=arguments,
         data_collator=_Counting(DataCollatorForPreference(tokenizer.pad_token_id, max_length=work.max_length)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(list(itertools.chain.from_iterable(steps))),
         processing_class=tokenizer,
         peft_config=adapters if work.adapter == "lora" else None,
         callbacks=list(callbacks),
@@ -134,17 +145,24 @@ class _Clock(TrainerCallback):
         self._last = moment
 
 
+@dataclass(frozen=True)
+class _Batch:
+    shape: tuple[int, int]
+    pair_tokens: int
+
+
 class _Counting:
-    """A collator that notes rows and length of what it makes."""
+    """A collator that notes what it makes."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate
-        self.shapes: list[tuple[int, int]] = []
+        self.batches: list[_Batch] = []
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = self.collate(examples)
         rows, length = batch["input_ids"].shape
-        self.shapes.append((rows, length))
+        tokens = sum(len(example[f"{part}_ids"]) for example in examples for part in ("prompt", "chosen", "rejected"))
+        self.batches.append(_Batch((rows, length), tokens))
         return batch
 
 
@@ -154,10 +172,3 @@ def _model(work: Work, *, dtype: str) -> PreTrainedModel:
 
 def _length(row: dict[str, list[int]]) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-
-def quiet_trl(scratch: str) -> None:
-    """Keep TRL and datasets off the network, the screen and other caches."""
-    os.environ.update(
-        HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=str(Path(scratch, "hf"))
-    )

@@ -11,13 +11,10 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from app.bench.rival import quiet_trl
-
 
 def main() -> None:
     """Train and save."""
     work, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]
-    quiet_trl(output)
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 

@@ -68,6 +68,12 @@ class Work:
         return cls(**tree | {"groups": tuple(map(from_row, tree["groups"]))})
 
 
+def pair_tokens(group: Group) -> int:
+    """Return the tokens of a group's pairs, the prompt once in each: a measure of work that layout does not change."""
+    responses = group.responses
+    return sum(len(group.prompt_ids) + len(responses[p.chosen]) + len(responses[p.rejected]) for p in group.pairs)
+
+
 def pair_rows(group: Group) -> list[dict[str, list[int]]]:
     """Return the pairs of a group as trainers that know no groups take them, the prompt in each."""
     return [
@@ -92,7 +98,7 @@ def read_work(
     groups = _encoded([pair for pair in kept if pair.label is None], loaded, max_length)
     groups = [group for group in groups if len(group.pairs) == 1]
     count = pairs - pairs % batch_pairs
-    if not count or len(groups) < count:
+    if len(groups) < count:
         msg = f"`{data}` has {len(groups)} pairs on prompts shorter than {max_length} tokens, fewer than --pairs {pairs} (in steps of {batch_pairs})\n\nHint: lower --pairs, or raise --max-length."
         raise DataError(msg)
     chosen = global_order(groups, seed=0)[:count]

@@ -75,9 +75,8 @@ class Layout:
         if window not in self._masks:
             tokens = len(self.labels[0])
             # Compiled, the mask of all tokens with all tokens is never in memory.
-            self._masks[window] = create_block_mask(
-                sees(self.labels, window), None, None, tokens, tokens, self.device, _compile=self.device.type == "cuda"
-            )
+            make: Any = _compiled(create_block_mask) if self.device.type == "cuda" else create_block_mask
+            self._masks[window] = make(sees(self.labels, window), None, None, tokens, tokens, self.device)
         return self._masks[window]
 
     @cached_property
@@ -217,7 +216,7 @@ def _by_flex(
         assert softcap is not None  # noqa: S101  only asked where there is one
         return softcap * torch.tanh(score / softcap)
 
-    kernel: Any = flex_attention if on_cpu else _compiled_flex()
+    kernel: Any = flex_attention if on_cpu else _compiled(flex_attention)
     attended: Tensor = kernel(
         query,
         key,
@@ -230,11 +229,10 @@ def _by_flex(
     return attended.transpose(1, 2).contiguous()
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
+@lru_cache(maxsize=2)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Rows differ in length, and a kernel for each would be compiled for ever.
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
-    return compiled
+    return torch.compile(function, dynamic=True)
 
 
 def _by_varlen(
@@ -249,8 +247,12 @@ def _by_varlen(
     if softcap is not None:
         msg = "flash attention over sequences knows no cap on attention scores\n\nHint: set train.attention to `flex`."
         raise ModelError(msg)
+    if value.dtype == torch.float32:
+        msg = "flash attention computes in half precision only\n\nHint: set train.dtype to `bfloat16`, or train.attention to `flex`."
+        raise ModelError(msg)
     sequences = layout.sequences
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # Rotary embeddings leave queries and keys in the type of fp32 weights, and autocast does not know this kernel.
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     attended = varlen_attn(
         q.contiguous(),
         k[sequences.key_rows],

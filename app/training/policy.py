@@ -142,7 +142,8 @@ def merged_model(policy: ScoringModel) -> PreTrainedModel:
                     merged = merged + layer.get_delta_weight(name).float()
                     if name in layer.lora_magnitude_vector:
                         outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
-                        norms = merged.norm(dim=1 - outputs, keepdim=True)
+                        # peft rounds the norms to the base's type, those that the magnitudes began with too.
+                        norms = merged.norm(dim=1 - outputs, keepdim=True).to(weight.dtype).float()
                         magnitude: Tensor = layer.lora_magnitude_vector[name].weight.float()
                         merged = merged * (magnitude.view_as(norms) / norms)
                 weight.copy_(merged)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from app.errors import ModelError
 from app.training.attention import Backend, Layout, attention_name
 from app.training.batch import PackedBatch, token_bins
 from app.training.tokenization import Group
@@ -57,6 +58,9 @@ class ScoringModel(nn.Module):
         self.plain_because = unpackable(model)
         if self.plain_because is None:
             model.set_attn_implementation(attention_name(backend))
+        elif backend != "sdpa":
+            msg = f"attention `{backend}` has no effect: {self.plain_because}, so each response is a row of its own\n\nHint: set train.attention to `sdpa`."
+            raise ModelError(msg)
         else:
             model.set_attn_implementation(own_attention(model))
         model.config.use_cache = False

@@ -70,39 +70,33 @@ def global_order(groups: Iterable[Group], seed: int) -> list[Group]:
 
 
 def known_scores(
-    home: Home, ledger: Ledger, groups: Iterable[Group], *, reference_digest: str, dtype: str
+    home: Home, ledger: Ledger, *, reference_digest: str, dtype: str
 ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
-    """Return what this reference gave to prompts and responses (token ids) of the groups in any snapshot before.
-
-    Snapshots are read from the newest on, until nothing is wanted any more.
+    """Return what this reference gave to prompts and responses (token ids) in the newest snapshot that it scored.
 
     Raises:
-        DataError: a snapshot that was read is damaged.
+        DataError: that snapshot is damaged.
     """
-    wanted = {(group.prompt_ids, response) for group in groups for response in group.responses}
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     with ledger.read() as session:
         rows = session.scalars(
             sa.select(SnapshotRow).where(SnapshotRow.kind == "training").order_by(SnapshotRow.created_at.desc())
         ).all()
     for row in rows:
-        if not wanted:
-            break
         artifact = home.artifact("training", row.snapshot_id)
         binding = row.manifest["binding"]
-        if (binding["reference_digest"], binding["dtype"]) != (reference_digest, dtype) or not artifact.exists():
-            continue
-        try:
-            artifact.verify()
-        except DataError as error:
-            msg = f"training snapshot `{row.snapshot_id}`, whose reference scores would be used again, is damaged: {error}\n\nHint: score everything anew with `--set prepare.reuse_scores=false`."
-            raise DataError(msg) from None
-        for group in (group for split in Split for group in read_groups(artifact, split)):
-            for response, logp in zip(group.responses, group.reference_logps or (), strict=True):
-                if (group.prompt_ids, response) in wanted:
-                    wanted.remove((group.prompt_ids, response))
-                    known[group.prompt_ids, response] = logp
-    return known
+        if (binding["reference_digest"], binding["dtype"]) == (reference_digest, dtype) and artifact.exists():
+            try:
+                artifact.verify()
+            except DataError as error:
+                msg = f"training snapshot `{row.snapshot_id}`, whose reference scores would be used again, is damaged: {error}\n\nHint: score everything anew with `--set prepare.reuse_scores=false`."
+                raise DataError(msg) from None
+            groups = (group for split in Split for group in read_groups(artifact, split))
+            return {
+                (group.prompt_ids, response): logp
+                for group in groups
+                for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
+            }
+    return {}
 
 
 def write_training_snapshot(

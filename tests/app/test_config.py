@@ -1,5 +1,6 @@
 """Recipes: every fault at once, with the near miss, and values as YAML means them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,15 @@ def test_no_default_is_outside_of_what_its_objective_is_used_with(name):
 def test_a_key_that_moved_is_named_with_its_new_place():
     with pytest.raises(RecipeError, match=r"`train.beta`: it is `train.options.beta` now"):
         parse_recipe({"name": "x", "train": {"beta": 0.1}}, place="x")
+
+
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        ({"attention": "flex"}, "`train.attention: flex` needs a GPU: set `workers.use_gpu`"),
+        ({"attention": "varlen", "dtype": "float32"}, "`attention: varlen` computes in half precision only"),
+    ],
+)
+def test_an_attention_that_cannot_be_is_refused(train, fault):
+    with pytest.raises(RecipeError, match=re.escape(fault)):
+        parse_recipe({"name": "x", "train": train}, place="test")

@@ -13,7 +13,7 @@ from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
 from app.bench.runner import watched
-from app.bench.train import Comparison, Ratio, compare_trainers
+from app.bench.train import Comparison, Ratio, _check_steps, compare_trainers
 from app.bench.work import Work, all_pairs, best_against_rest, read_work, sampled_groups
 from app.errors import DataError, RecipeError, TrainingError
 from app.ledger import Ledger
@@ -64,7 +64,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_one_step_of_both_trainers_has_the_same_loss_and_gradient(work, adapter):
-    found = compare(replace(work, adapter=adapter), groups=4)
+    found = compare(replace(work, adapter=adapter))
     assert found.passed, found.line()
     assert abs(found.loss - 0.6931) > 1e-5, "the policy was not moved away from the reference"
 
@@ -86,6 +86,13 @@ def test_the_timed_runs_of_both_trainers_take_the_same_steps(work, adapter, refe
     assert (ours.score_seconds > 0, theirs.score_seconds > 0) == (reference == "cached",) * 2
     assert ours.computed_tokens == sum(group.num_tokens for group in work.groups)
     assert theirs.computed_tokens > ours.computed_tokens
+    assert ours.step_tokens == theirs.step_tokens
+    assert ours.logps == pytest.approx(theirs.logps, rel=1e-5)
+    assert (len(theirs.score_shapes) > 0) == (reference == "cached")
+    _check_steps(ours, theirs)
+    for wrong in ({"losses": (float("nan"),) * 3}, {"logps": (1.0, 1.0, 1.0)}, {"step_tokens": (1, 1, 1)}):
+        with pytest.raises(TrainingError, match="did not do the same work"):
+            _check_steps(replace(ours, **wrong), theirs)
 
 
 def test_trl_goes_by_length_where_it_is_told_to(work):
@@ -129,11 +136,18 @@ def test_operations_are_counted_by_hand(home, model_id, work):
     one = replace(
         work, groups=(Group("g", "c", "train", (5, 6), ((7, 8, 1), (9, 1)), (Preference(0, 1, 1, "p", "x"),)),)
     )
-    none = Measured(0.0, (1.0,), (1,), (0.5,), (), 1)
+    none = Measured(0.0, (1.0,), (1,), (10,), (0.5,), (-1.0,), (), (), 1)
     attended = 3 + (3 * 2 + 6) + (2 * 2 + 3)
-    assert operations(shape, one, ONLINE, none) == 4 * (2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended)
+    assert operations(shape, one, ONLINE, none, compact=False) == 4 * (
+        2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended
+    )
     padded = replace(none, shapes=((2, 5),))
-    assert operations(shape, one, TRL, padded) == 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
+    counted = 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
+    assert operations(shape, one, TRL, padded, compact=False) == counted
+    cached = replace(padded, score_shapes=((2, 6),))
+    more = counted + 2 * 2 * (shape.backbone + shape.head) + 4 * 64 * (72 - 50)
+    assert operations(shape, one, TRL, cached, compact=False) == more
+    assert operations(shape, one, TRL, padded, compact=True) == counted - 5 * 2 * shape.head * (10 - 5)
 
 
 def test_answers_are_sampled_once_and_paired_best_or_all(home, model_id, data, tmp_path):
@@ -171,28 +185,32 @@ def test_a_comparison_tells_medians_ranges_and_what_was_missed():
     assert ratio.median == 3.0
     assert "3.00x  [2.00, 4.00]  by operations 2.50  ok: 2.5 expected" in ratio.line(2.5)
     assert "MISSED: 3.5 expected" in ratio.line(3.5)
-    measured = Measured(1.0, (2.0, 1.0), (8, 8), (0.7, 0.6), ((8, 10), (8, 5)), 2, peak_pss=2**30)
-    assert (measured.total, measured.steady, measured.computed_tokens) == (4.0, 0.125, 120)
-    told = Comparison("t", Parity(0.6, 0.6, 0.0, 4), {"ours": (measured,)}, (ratio,), 60, 1e11, {"ours": 0.5})
-    assert "4.000 pairs/s" in told.lines({})[2]
-    assert "(50% useful)  peak 1.00 GiB  50% of 100 GFLOP/s" in told.lines({})[2]
+    shapes = ((8, 10), (8, 5))
+    measured = Measured(1.0, (2.0, 1.0), (8, 8), (90, 50), (0.7, 0.6), (-9.0, -8.0), shapes, (), 2, peak_pss=2**30)
+    assert (measured.total, measured.steady, measured.computed_tokens) == (4.0, 0.02, 120)
+    peaks = {"bfloat16": 1e11}
+    told = Comparison("t", Parity(0.6, 0.6, 0.0, 4), {"ours": (measured,)}, (ratio,), 60, peaks, {"ours": 0.5}, TRL)
+    text = "\n".join(told.lines({}))
+    assert "100 GFLOP/s in bfloat16" in text
+    assert "4.000 pairs/s" in text
+    assert "(50% useful)  peak 1.00 GiB  50% of the machine" in text
     assert json.loads(json.dumps(told.tree()))["ratios"]["online"]["median"] == 3.0
 
 
 def test_an_arm_that_fails_is_told_with_its_last_words():
     with pytest.raises(TrainingError, match=r"`arm` ended with exit code 3:\nlast words"):
-        watched(["sh", "-c", "echo last words; exit 3"], name="arm")
+        watched(["sh", "-c", "echo last words; exit 3"], name="arm", environment={})
 
 
 def test_the_memory_of_an_arm_is_that_of_its_whole_family():
     hold = "import time; held = bytearray(b'x') * (64 * 2**20); time.sleep(1.5)"
     command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
-    _, peak = watched(["python3", "-c", command], name="arm")
+    _, peak = watched(["python3", "-c", command], name="arm", environment={})
     assert 64 * 2**20 < peak < 128 * 2**20
 
 
 def settings_of(data, tiny_model, **changed):
-    return BenchSettings(data, 16, 64, "float32", "full", None, 1, str(tiny_model), 64) if not changed else replace(
+    return BenchSettings(data, 24, 64, "float32", "full", None, 1, str(tiny_model), 64) if not changed else replace(
         settings_of(data, tiny_model), **changed
     )  # fmt: skip
 
@@ -209,7 +227,7 @@ def test_ratios_count_only_where_both_compute_the_same(work, monkeypatch):
     monkeypatch.setattr("app.bench.train.run_parity", lambda _: Parity(0.7, 0.6, 0.0, 4))
     shape = ModelShape(1, 1, 1)
     with pytest.raises(TrainingError, match="do not compute the same, so no ratio counts"):
-        compare_trainers("t", work, shape=shape, peak=1.0, rounds=1, say=lambda _: None)
+        compare_trainers("t", work, shape=shape, peaks={}, rounds=1, say=lambda _: None)
 
 
 def test_ablation_times_every_layout(work):
@@ -225,12 +243,17 @@ def test_ablation_takes_sampled_answers(home, data, tiny_model):
     assert list(found.tree) == ["best against the rest: ", "all pairs: "]
 
 
+def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
+    with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 3 steps of 8 pairs.*\n\nHint: at least 24"):
+        bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], say=print)
+
+
 @pytest.mark.full
 def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model):
     told = []
     found = bench_train(home, settings_of(data, tiny_model), expect=["online=1000", "cached=0.0001"], say=told.append)
     assert found.missed == ["online"]
-    assert any(line.startswith("headline: 16 pairs") for line in found.lines)
-    assert set(found.tree["works"]["pairs"]["ratios"]) == {"online", "cached", "cached, 2 epochs", "steady"}
+    assert any(line.startswith("headline: 24 pairs") for line in found.lines)
+    assert set(found.tree["works"]["pairs"]["ratios"]) == {"online", "cached", "cached, 2 epochs, computed", "steady"}
     assert found.tree["headline"]["data_wait"] < 1
     assert json.loads(json.dumps(found.tree)) is not None

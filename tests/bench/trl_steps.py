@@ -4,12 +4,8 @@ TRL is given what our groups hold, as its own collators would lay it out, and no
 and `tokenize_row`, which would make token ids out of text.
 """
 
-import os
-
 import torch
 from datasets import Dataset
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 OBJECTIVES = {
     "dpo": {"beta": 0.3},

@@ -113,9 +113,33 @@ def test_varlen_is_asked_for_the_scores_and_gradients_of_sdpa(kind, monkeypatch)
     assert (gradients[0] - gradients[1]).norm() <= 1e-8 * gradients[0].norm()
 
 
+def test_varlen_gets_one_half_precision_type_where_weights_are_fp32(monkeypatch):
+    """Rotary embeddings leave queries and keys in fp32 there, which no flash kernel takes."""
+    seen = []
+
+    def kernel(query, key, value, *arguments, **named):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return one_by_one(query, key, value, *arguments, **named)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    batch = PackedBatch.pack(GROUPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        ScoringModel(tiny_model().float(), backend="varlen")(batch)
+    assert seen == [{torch.bfloat16}] * 2
+
+
+def test_a_backend_has_no_effect_on_plain_rows_and_is_refused():
+    model = tiny_model()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ModelError, match=r"attention `flex` has no effect: .*attention_dropout(?s:.)*`sdpa`"):
+        ScoringModel(model, backend="flex")
+
+
 def test_what_a_backend_does_not_compute_is_refused():
     batch = PackedBatch.pack(GROUPS)
     with pytest.raises(ModelError, match="no cap on attention scores\n\nHint: set train.attention to `flex`"):
         ScoringModel(tiny_model("gemma2"), backend="varlen")(batch)
     with pytest.raises(ModelError, match="no backward on a CPU\n\nHint: set train.attention to `sdpa`"):
         ScoringModel(tiny_model(), backend="flex")(batch)
+    with pytest.raises(ModelError, match="half precision only"):
+        ScoringModel(tiny_model().float(), backend="varlen")(batch)

@@ -472,6 +472,13 @@ def test_the_merged_model_scores_like_the_policy(start, variant):
     assert (expected - base).abs().max() > 0.1
 
 
+def test_an_untrained_dora_adapter_merges_into_the_very_base(start):
+    section = SECTION.model_copy(update={"dtype": "bfloat16", "lora": LoraSection(r=4, alpha=8, variant="dora")})
+    merged = merged_model(build_policy(start(dtype="bfloat16"), section))
+    base = start(dtype="bfloat16").model.state_dict()
+    assert all(torch.equal(weight, base[name]) for name, weight in merged.state_dict().items())
+
+
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
 def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, reference):
     groups = make_groups(5)
