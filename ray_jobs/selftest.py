@@ -223,7 +223,7 @@ def speed(bench: Bench) -> str:
         raise TrainingError(parity.line())
     ours = run_arm(work, Arm("prefloop", "prefloop", "online", work.dtype, batch=0))
     theirs = run_arm(work, Arm("trl", "trl", "online", work.dtype, batch=BATCH))
-    return f"prefloop {1 / ours.steady:.2f}, TRL {1 / theirs.steady:.2f} ({theirs.steady / ours.steady:.2f}x; {parity.line()})"
+    return f"prefloop {ours.speed:.2f}, TRL {theirs.speed:.2f} ({ours.speed / theirs.speed:.2f}x; {parity.line()})"
 
 
 def _check(name: str, run: Callable[[], str], say: Callable[[str], None]) -> Check:

@@ -76,6 +76,11 @@ class Measured:
         return sum(self.step_seconds[1:]) / sum(self.step_tokens[1:])
 
     @property
+    def speed(self) -> float:
+        """Pairs a second, without the first step."""
+        return sum(self.step_pairs[1:]) / sum(self.step_seconds[1:])
+
+    @property
     def computed_tokens(self) -> int:
         """Tokens that went through the backbone with gradients, padding and repeated prompts among them."""
         return tokens_of(self.shapes)

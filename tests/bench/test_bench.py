@@ -188,6 +188,7 @@ def test_a_comparison_tells_medians_ranges_and_what_was_missed():
     shapes = ((8, 10), (8, 5))
     measured = Measured(1.0, (2.0, 1.0), (8, 8), (90, 50), (0.7, 0.6), (-9.0, -8.0), shapes, (), 2, peak_pss=2**30)
     assert (measured.total, measured.steady, measured.computed_tokens) == (4.0, 0.02, 120)
+    assert measured.speed == 8.0
     peaks = {"bfloat16": 1e11}
     told = Comparison("t", Parity(0.6, 0.6, 0.0, 4), {"ours": (measured,)}, (ratio,), 60, peaks, {"ours": 0.5}, TRL)
     text = "\n".join(told.lines({}))
