@@ -60,7 +60,7 @@ class Ratio:
         """Say it in one line, against what is expected."""
         told = "" if expected is None else f"  {'ok' if self.median >= expected else 'MISSED'}: {expected:g} expected"
         by = "" if self.predicted is None else f"  by operations {self.predicted:.2f}"
-        return f"{self.name:<22} {self.median:5.2f}x  [{min(self.rounds):.2f}, {max(self.rounds):.2f}]{by}{told}"
+        return f"{self.name:<27} {self.median:5.2f}x  [{min(self.rounds):.2f}, {max(self.rounds):.2f}]{by}{told}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Comparison:
             pairs = sum(rounds[0].step_pairs)
             seconds = statistics.median(m.total for m in rounds)
             told.append(
-                f"{name:<22} {pairs / seconds:6.3f} pairs/s  {seconds:7.1f} s (pass {statistics.median(m.score_seconds for m in rounds):.1f})  "
+                f"{name:<27} {pairs / seconds:6.3f} pairs/s  {seconds:7.1f} s (pass {statistics.median(m.score_seconds for m in rounds):.1f})  "
                 f"tokens {rounds[0].computed_tokens} ({self.useful_tokens / rounds[0].computed_tokens:.0%} useful)  "
                 f"peak {max(m.peak_pss for m in rounds) / 2**30:.2f} GiB  {self.rates[name]:.0%} of the machine"
             )
@@ -141,10 +141,9 @@ def compare_trainers(
             found = run_arm(work, arm)
             measured[arm.name] += (found,)
             say(f"round {number + 1} of {rounds}: {arm.name}: {found.total:.1f} s")
+        _check_steps(measured["prefloop online"][-1], measured["trl online"][-1])
     untouched = replace(default, name="trl, checkpointing", checkpointing=True)
     measured[untouched.name] = (run_arm(work, untouched),)
-    for pair in zip(measured["prefloop online"], measured["trl online"], strict=True):
-        _check_steps(*pair)
     compact = this_device().type == "cuda"
     everyone = (*arms, untouched)
     costs = {a.name: operations(shape, work, a, measured[a.name][0], compact=compact) for a in everyone}
