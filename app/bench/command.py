@@ -69,9 +69,6 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
         msg = f"`--expect {strange[0]}`: no such ratio; there are: {', '.join(f'`{name}`' for name in known)}"
         raise RecipeError(msg)
     bench_home, works, pairs = _works(home, settings)
-    if few := [work for work in works.values() if work.pairs < _STEPS * work.batch_pairs]:
-        msg = f"--pairs {settings.pairs} makes fewer than {_STEPS} steps of {few[0].batch_pairs} pairs; the first and the last tell little\n\nHint: at least {_STEPS * few[0].batch_pairs}."
-        raise RecipeError(msg)
     loaded = load_model(bench_home, works[kinds[0]].model_id, dtype=settings.dtype)
     shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
     del loaded
@@ -143,11 +140,19 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
         )
 
     if settings.answers is None:
+        _require_steps(settings, BATCH)
         pairs, groups = read_work(
             settings.data, loaded, max_length=settings.max_length, pairs=settings.pairs, batch_pairs=BATCH
         )
         return bench_home, {"": work(groups, BATCH)}, pairs
     return bench_home, _sampled(bench_home, settings, loaded, work), ()
+
+
+def _require_steps(settings: BenchSettings, batch_pairs: int) -> None:
+    """Refuse so few pairs that they tell little, before answers are sampled; raises RecipeError."""
+    if settings.pairs < _STEPS * batch_pairs:
+        msg = f"--pairs {settings.pairs} makes fewer than {_STEPS} steps of {batch_pairs} pairs; the first and the last tell little\n\nHint: at least {_STEPS * batch_pairs}."
+        raise RecipeError(msg)
 
 
 def _sampled(
@@ -158,10 +163,8 @@ def _sampled(
     best, every = answers - 1, answers * (answers - 1) // 2
     # Steps of whole groups for us, of whole batches for TRL, and as many pairs in both.
     batch_pairs = lcm(BATCH, best, every)
+    _require_steps(settings, batch_pairs)
     prompts = settings.pairs // batch_pairs * batch_pairs // best
-    if not prompts:
-        msg = f"--pairs {settings.pairs} are fewer than one step of {batch_pairs}, which {answers} answers to a prompt need"
-        raise RecipeError(msg)
     groups = sampled_groups(
         settings.data,
         loaded,

@@ -20,7 +20,7 @@ from app.generation import GenerationRequest, generate
 from app.models import LoadedModel
 from app.preferences.formats import read_rows
 from app.preferences.quality import resolve
-from app.schemas import Pair, content_hash
+from app.schemas import Message, Pair, content_hash
 from app.storage import write_atomically
 from app.training.snapshots import from_row, global_order, to_row
 from app.training.tokenization import Group, Preference, encode_groups
@@ -177,7 +177,8 @@ def plain_messages(pair: Pair) -> dict[str, Any]:
     assert pair.chosen is not None  # noqa: S101  a pair has both
     assert pair.rejected is not None  # noqa: S101
     return {
-        "prompt": [{"role": m.role, "content": m.content} for m in pair.prompt],
-        "chosen": [{"role": "assistant", "content": pair.chosen.content}],
-        "rejected": [{"role": "assistant", "content": pair.rejected.content}],
+        "prompt": [m.to_openai() for m in pair.prompt],
+        "chosen": [Message("assistant", pair.chosen.content, tool_calls=pair.chosen.tool_calls).to_openai()],
+        "rejected": [Message("assistant", pair.rejected.content, tool_calls=pair.rejected.tool_calls).to_openai()],
+        "tools": pair.tools,
     }
