@@ -209,6 +209,7 @@ def bench(
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Compute type.")] = "bfloat16",
     lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,
     groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Cut prompts to their last tokens.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = 3,
     model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
@@ -225,6 +226,7 @@ def bench(
         dtype=dtype,
         adapter="lora" if lora else "full",
         answers=groups,
+        prompt_tokens=prompt_tokens,
         rounds=rounds,
         model=model,
         micro_batch_tokens=micro_batch_tokens,
@@ -237,12 +239,10 @@ def bench(
         msg = "--expect has no effect on `bench ablate`: remove it"
         raise RecipeError(msg)
     outcome = (
-        bench_train(_home(), settings, expect=expect, say=say)
+        bench_train(_home(), settings, expect=expect, say=say, tell=typer.echo)
         if what == "train"
-        else bench_ablate(_home(), settings, say=say)
+        else bench_ablate(_home(), settings, say=say, tell=typer.echo)
     )
-    for line in outcome.lines:
-        typer.echo(line)
     if into is not None:
         into.write_text(json.dumps(outcome.tree, indent=1), encoding="utf-8")
     raise typer.Exit(1 if outcome.missed else 0)

@@ -12,7 +12,7 @@ from app.bench.ablate import ablate
 from app.bench.flops import ModelShape, gemm_peak
 from app.bench.headline import compare_headline
 from app.bench.train import BATCH, Say, compare_trainers, require_rival
-from app.bench.work import Work, all_pairs, best_against_rest, read_work, sampled_groups
+from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import RecipeError
 from app.ledger import Ledger
 from app.models import LoadedModel, ensure_sft, load_model
@@ -37,8 +37,16 @@ class BenchSettings:
     adapter: Literal["lora", "full"]
     answers: int | None
     """Sample so many answers to each prompt, instead of taking the pairs of the data."""
+    prompt_tokens: int | None
+    """Cut every prompt to its last tokens."""
     rounds: int
     model: str
+
+    @property
+    def as_text(self) -> bool:
+        """Whether the work is the data's own text, so that a job can begin with it."""
+        return self.answers is None and self.prompt_tokens is None
+
     micro_batch_tokens: int
 
 
@@ -46,14 +54,13 @@ class BenchSettings:
 class Outcome:
     """What a benchmark found."""
 
-    lines: list[str]
     tree: dict[str, Any]
     missed: list[str]
     """Ratios below what was expected."""
 
 
-def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], say: Say) -> Outcome:
-    """Compare our trainer with TRL's; progress is told to `say`.
+def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], say: Say, tell: Say) -> Outcome:
+    """Compare our trainer with TRL's; progress goes to `say`, each line of the report to `tell` as soon as it is known.
 
     Raises:
         TrainingError: TRL is not there, an arm failed, or the two trainers do not compute the same.
@@ -62,7 +69,7 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
     """
     require_rival()
     expected = _expected(expect)
-    measured = tuple(r for r in _RATIOS if settings.answers is None or r != "headline")
+    measured = tuple(r for r in _RATIOS if settings.as_text or r != "headline")
     kinds = [""] if settings.answers is None else ["best against the rest: ", "all pairs: "]
     known = [kind + ratio for kind in kinds for ratio in measured]
     if strange := [name for name in expected if name not in known]:
@@ -73,34 +80,40 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
     shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
     del loaded
     peaks = {dtype: gemm_peak(dtype, threads) for dtype in ("bfloat16", "float32")}
-    lines, missed = [], []
+    missed = []
     tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
-        title = f"{kind}{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
+        cut = "" if settings.prompt_tokens is None else f", cut to {settings.prompt_tokens} tokens"
+        title = f"{kind}{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}{cut}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
         found = compare_trainers(title, work, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
         ratios = list(found.ratios)
-        lines += found.lines(wanted)
+        _tell(tell, found.lines(wanted))
         tree["works"][kind or "pairs"] = found.tree()
-        if settings.answers is None:
+        if settings.as_text:
             bare = found.measured["prefloop cached"]
             headline = compare_headline(work, pairs, bare, rounds=settings.rounds, say=say)
             ratios.append(headline.ratio)
-            lines += headline.lines(wanted.get("headline"))
+            _tell(tell, headline.lines(wanted.get("headline")))
             tree["headline"] = asdict(headline) | {"median": headline.ratio.median}
         missed += [kind + r.name for r in ratios if r.name in wanted and r.median < wanted[r.name]]
-    return Outcome(lines, tree, missed)
+    return Outcome(tree, missed)
 
 
-def bench_ablate(home: Home, settings: BenchSettings, *, say: Say) -> Outcome:
+def bench_ablate(home: Home, settings: BenchSettings, *, say: Say, tell: Say) -> Outcome:
     """Take one technique away at a time from our own step."""
     _, works, _ = _works(home, settings)
-    lines, tree = [], {}
+    tree = {}
     for kind, work in works.items():
         found = ablate(work, rounds=settings.rounds, say=say)
-        lines += [f"{kind}{work.pairs} pairs on {len(work.groups)} prompts", *(row.line() for row in found)]
+        _tell(tell, [f"{kind}{work.pairs} pairs on {len(work.groups)} prompts", *(row.line() for row in found)])
         tree[kind or "pairs"] = [asdict(row) for row in found]
-    return Outcome(lines, tree, [])
+    return Outcome(tree, [])
+
+
+def _tell(tell: Say, lines: Sequence[str]) -> None:
+    for line in lines:
+        tell(line)
 
 
 def _expected(given: Sequence[str]) -> dict[str, float]:
@@ -129,7 +142,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
             home_uri=bench_home.uri,
             sft=settings.model,
             model_id=model_id,
-            groups=tuple(groups),
+            groups=tuple(groups if settings.prompt_tokens is None else cut_prompts(groups, settings.prompt_tokens)),
             adapter=settings.adapter,
             dtype=settings.dtype,
             max_length=settings.max_length,

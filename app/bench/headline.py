@@ -164,9 +164,9 @@ def _job_steps(ledger: Ledger, runs: Sequence[str]) -> tuple[float, float]:
 
 
 def _clean(home: Home, ledger: Ledger, runs: Sequence[str]) -> None:
-    """Remove what the runs left in the home of benchmarks: some gigabytes each."""
+    """Remove what the runs left in the home of benchmarks: some gigabytes each, and one model where all are the same."""
     with ledger.read() as session:
-        models = session.scalars(sa.select(RunRow.output_model_id).where(RunRow.run_id.in_(runs))).all()
+        models = session.scalars(sa.select(RunRow.output_model_id.distinct()).where(RunRow.run_id.in_(runs))).all()
     for kind, names in (("runs", runs), ("models", [model for model in models if model])):
         for name in names:
             shutil.rmtree(home.local(kind, name))

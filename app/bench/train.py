@@ -13,6 +13,7 @@ shows that. Ratios count only where one fp32 step of both gives the same loss an
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,8 @@ BATCH = 8
 """Pairs of a forward of TRL by default (its per_device_train_batch_size)."""
 _TUNED_BATCHES = (1, 2, 4, 8)
 _TUNED_PAIRS = 16
+_SLOWER = 1.1
+"""Once a batch is so much slower than a smaller one, larger ones of its type are not tried."""
 _FINAL = 2
 """Ways of setting TRL up that are tried twice, the fastest of the first trial."""
 _LOSSES_APART = 0.05
@@ -174,13 +177,18 @@ def _tuned(work: Work, say: Say) -> Arm:
         return took
 
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    ways = [
-        Arm("trial", "trl", "cached", dtype, batch=batch, order="group_by_length")
-        for dtype, batch in itertools.product(dtypes, _TUNED_BATCHES)
-        if trial.batch_pairs % batch == work.batch_pairs % batch == 0
-    ]
-    first = {arm: seconds(arm) for arm in ways}
-    best = sorted(ways, key=first.__getitem__)[:_FINAL]
+    first: dict[Arm, float] = {}
+    for dtype in dtypes:
+        fastest = math.inf
+        for batch in _TUNED_BATCHES:
+            if trial.batch_pairs % batch or work.batch_pairs % batch:
+                continue
+            arm = Arm("trial", "trl", "cached", dtype, batch=batch, order="group_by_length")
+            first[arm] = seconds(arm)
+            if first[arm] > _SLOWER * fastest:
+                break
+            fastest = min(fastest, first[arm])
+    best = sorted(first, key=first.__getitem__)[:_FINAL]
     return min(best, key=lambda arm: min(first[arm], seconds(arm)))
 
 

@@ -145,6 +145,11 @@ def sampled_groups(
     return groups
 
 
+def cut_prompts(groups: Sequence[Group], tokens: int) -> list[Group]:
+    """Leave the last tokens of every prompt: what sharing it is worth depends on its length."""
+    return [replace(group, prompt_ids=group.prompt_ids[-tokens:]) for group in groups]
+
+
 def best_against_rest(groups: Sequence[Group]) -> list[Group]:
     """Pair the first answer of each group with each of the others: K - 1 pairs."""
     return [_paired(group, [(0, k) for k in range(1, len(group.responses))]) for group in groups]

@@ -13,8 +13,8 @@ from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
 from app.bench.runner import watched
-from app.bench.train import Comparison, Ratio, _check_steps, compare_trainers
-from app.bench.work import Work, all_pairs, best_against_rest, read_work, sampled_groups
+from app.bench.train import Comparison, Ratio, _check_steps, _tuned, compare_trainers
+from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import DataError, RecipeError, TrainingError
 from app.ledger import Ledger
 from app.models import ensure_sft, load_model
@@ -124,6 +124,12 @@ def test_a_layout_changes_the_cost_and_not_the_numbers(work, home, model_id, lay
     assert (rows > sum(len(r) for g in groups for r in g.responses)) == (layout in ("all rows", "none"))
 
 
+def test_prompts_are_cut_to_their_last_tokens(work):
+    for cut, group in zip(cut_prompts(work.groups, 2), work.groups, strict=True):
+        assert cut == replace(group, prompt_ids=group.prompt_ids[-2:])
+        assert len(cut.prompt_ids) == 2
+
+
 def test_the_head_takes_each_row_of_an_unshared_layout_once(work):
     batch = on_all_rows(unshared(work.groups[:2]))
     assert sorted(batch.predictor_rows.tolist()) == list(range(batch.input_ids.numel()))
@@ -211,7 +217,7 @@ def test_the_memory_of_an_arm_is_that_of_its_whole_family():
 
 
 def settings_of(data, tiny_model, **changed):
-    return BenchSettings(data, 24, 64, "float32", "full", None, 1, str(tiny_model), 64) if not changed else replace(
+    return BenchSettings(data, 24, 64, "float32", "full", None, None, 1, str(tiny_model), 64) if not changed else replace(
         settings_of(data, tiny_model), **changed
     )  # fmt: skip
 
@@ -219,9 +225,9 @@ def settings_of(data, tiny_model, **changed):
 def test_an_expectation_of_what_is_not_measured_is_refused(home, data, tiny_model):
     settings = settings_of(data, tiny_model)
     with pytest.raises(RecipeError, match="`--expect speed`: no such ratio; there are: `online`"):
-        bench_train(home, settings, expect=["speed=2"], say=print)
+        bench_train(home, settings, expect=["speed=2"], say=print, tell=print)
     with pytest.raises(RecipeError, match="`--expect online` is not of the form RATIO=NUMBER"):
-        bench_train(home, settings, expect=["online"], say=print)
+        bench_train(home, settings, expect=["online"], say=print, tell=print)
 
 
 def test_ratios_count_only_where_both_compute_the_same(work, monkeypatch):
@@ -229,6 +235,31 @@ def test_ratios_count_only_where_both_compute_the_same(work, monkeypatch):
     shape = ModelShape(1, 1, 1)
     with pytest.raises(TrainingError, match="do not compute the same, so no ratio counts"):
         compare_trainers("t", work, shape=shape, peaks={}, rounds=1, say=lambda _: None)
+
+
+def test_trl_is_tuned_over_types_and_over_batches_until_they_become_slower(work, monkeypatch):
+    seconds = {
+        ("bfloat16", 1): 5.0,
+        ("bfloat16", 2): 4.0,
+        ("bfloat16", 4): 3.0,
+        ("float32", 1): 3.1,
+        ("float32", 2): 3.5,
+    }
+    again = {("bfloat16", 4): 3.0, ("float32", 1): 2.9}
+    tried = []
+
+    def run(trial, arm):
+        assert (trial.batch_pairs, arm.trainer, arm.reference, arm.order) == (16, "trl", "cached", "group_by_length")
+        tried.append((arm.dtype, arm.batch))
+        took = (again if tried.count(tried[-1]) > 1 else seconds)[tried[-1]]
+        return Measured(0.5, (took - 0.5,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    work = replace(work, groups=work.groups * 2)
+    best = _tuned(work, lambda _: None)
+    assert (best.dtype, best.batch) == ("float32", 1)
+    # Steps of four pairs have no batches of eight, and two pairs were already much slower than one in fp32.
+    assert tried == [*seconds, *again]
 
 
 def test_ablation_times_every_layout(work):
@@ -240,21 +271,31 @@ def test_ablation_times_every_layout(work):
 
 @pytest.mark.full
 def test_ablation_takes_sampled_answers(home, data, tiny_model):
-    found = bench_ablate(home, settings_of(data, tiny_model, answers=3, pairs=48, max_length=160), say=lambda _: None)
+    found = bench_ablate(
+        home, settings_of(data, tiny_model, answers=3, pairs=48, max_length=160), say=print, tell=print
+    )
     assert list(found.tree) == ["best against the rest: ", "all pairs: "]
+
+
+def test_cut_prompts_have_no_headline(home, data, tiny_model):
+    settings = settings_of(data, tiny_model, prompt_tokens=1)
+    with pytest.raises(RecipeError, match="`--expect headline`: no such ratio"):
+        bench_train(home, settings, expect=["headline=1"], say=print, tell=print)
 
 
 def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
     with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 3 steps of 8 pairs.*\n\nHint: at least 24"):
-        bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], say=print)
+        bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], say=print, tell=print)
 
 
 @pytest.mark.full
 def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model):
     told = []
-    found = bench_train(home, settings_of(data, tiny_model), expect=["online=1000", "cached=0.0001"], say=told.append)
+    expect = ["online=1000", "cached=0.0001"]
+    # Two rounds end in one model: their weights are the same.
+    found = bench_train(home, settings_of(data, tiny_model, rounds=2), expect=expect, say=print, tell=told.append)
     assert found.missed == ["online"]
-    assert any(line.startswith("headline: 24 pairs") for line in found.lines)
+    assert any(line.startswith("headline: 24 pairs") for line in told)
     assert set(found.tree["works"]["pairs"]["ratios"]) == {"online", "cached", "cached, 2 epochs, computed", "steady"}
     assert found.tree["headline"]["data_wait"] < 1
     assert json.loads(json.dumps(found.tree)) is not None
