@@ -272,7 +272,7 @@ def test_ablation_times_every_layout(work):
 @pytest.mark.full
 def test_ablation_takes_sampled_answers(home, data, tiny_model):
     found = bench_ablate(
-        home, settings_of(data, tiny_model, answers=3, pairs=48, max_length=160), say=print, tell=print
+        home, settings_of(data, tiny_model, answers=3, pairs=72, max_length=160), say=print, tell=print
     )
     assert list(found.tree) == ["best against the rest: ", "all pairs: "]
 
