@@ -41,13 +41,12 @@ class BenchSettings:
     """Cut every prompt to its last tokens."""
     rounds: int
     model: str
+    micro_batch_tokens: int
 
     @property
     def as_text(self) -> bool:
         """Whether the work is the data's own text, so that a job can begin with it."""
         return self.answers is None and self.prompt_tokens is None
-
-    micro_batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
     tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
-        cut = "" if settings.prompt_tokens is None else f", cut to {settings.prompt_tokens} tokens"
-        title = f"{kind}{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}{cut}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
+        title = f"{kind}{_what(settings, work)}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
         found = compare_trainers(title, work, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
         ratios = list(found.ratios)
         _tell(tell, found.lines(wanted))
@@ -106,9 +104,14 @@ def bench_ablate(home: Home, settings: BenchSettings, *, say: Say, tell: Say) ->
     tree = {}
     for kind, work in works.items():
         found = ablate(work, rounds=settings.rounds, say=say)
-        _tell(tell, [f"{kind}{work.pairs} pairs on {len(work.groups)} prompts", *(row.line() for row in found)])
+        _tell(tell, [f"{kind}{_what(settings, work)}", *(row.line() for row in found)])
         tree[kind or "pairs"] = [asdict(row) for row in found]
     return Outcome(tree, [])
+
+
+def _what(settings: BenchSettings, work: Work) -> str:
+    cut = "" if settings.prompt_tokens is None else f", cut to {settings.prompt_tokens} tokens"
+    return f"{work.pairs} pairs on {len(work.groups)} prompts of {settings.data.name}{cut}"
 
 
 def _tell(tell: Say, lines: Sequence[str]) -> None:
