@@ -48,7 +48,9 @@ class PairSection(Section):
 
     max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
     min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
-    held_out_fraction: float = Field(0.15, gt=0, lt=0.9, description="Share of prompt clusters held out.")
+    held_out_fraction: float | None = Field(
+        None, gt=0, lt=0.9, description="Share of prompt clusters held out; null: 0.15, more where they are few."
+    )
     since: datetime | None = Field(None, description="Only events from this time on; default: all.")
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity that joins prompts.")
     thumb_margin: int = Field(2, ge=1, description="Votes by which a disputed thumb must win.")
@@ -74,7 +76,7 @@ class CollectSection(Section):
 class PrepareSection(Section):
     """How text becomes token ids and who scores the reference."""
 
-    max_length: int = Field(1024, ge=8, description="Tokens of prompt and one response together.")
+    max_length: int = Field(2048, ge=8, description="Tokens of prompt and one response together.")
     too_long: Literal["drop", "truncate_response", "refuse"] = Field("drop", description="What becomes of longer rows.")
     seed: int = Field(0, ge=0, description="Seed of the fixed global shuffle.")
     rows_per_file: int = Field(4096, ge=1, description="Rows of one Parquet part file.")
@@ -218,6 +220,47 @@ def unusual_options(objective: str, options: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_PUBLISHED_WIDTH = 4096
+_PUBLISHED_STEPS = 480
+_MOST_FASTER = 8.0
+_FAR = 10.0
+"""Published rates of one objective at one width lie within a tenth and ten times."""
+_LEARNING_RATES: Mapping[str, tuple[float, float]] = {
+    # (full, adapters) at the published width and steps
+    "sft": (2e-5, 2e-4),  # TRL; with adapters ten times as much, https://thinkingmachines.ai/blog/lora
+    "orpo": (5e-6, 5e-5),  # its authors' Mistral-ORPO
+    "kto": (1e-6, 1e-5),  # its authors for beta = 0.1
+    "apo_zero_unpaired": (1e-6, 1e-5),
+}
+# DPO and SimPO: Zephyr, Tulu 3, the authors of SimPO; with adapters Zephyr and LLaMA-Factory
+_OTHERS = (5e-7, 5e-6)
+
+
+def usual_learning_rate(objective: str, adapter: Literal["lora", "full"], *, width: int, total_steps: int) -> float:
+    """Return the peak learning rate of a run whose recipe names none.
+
+    It is the published one of the objective, carried over from runs of models of width 4096:
+
+    - times 4096 / `width`: what Adam can take falls with the width (https://arxiv.org/abs/2203.03466), and published
+      DPO follows that (2e-7 at 8192, Tulu 3 70B; 5e-7 at 4096, Tulu 3 8B and Zephyr; 1e-6 at 2048, SmolLM2 1.7B);
+    - but for `sft`, times 480 / `total_steps`, from 1 to 8: preference training is published with rates so small that
+      some 480 steps (61 thousand pairs, 128 a step) do not move the model too far, and a run of few steps at them hardly
+      moves it at all.
+    """
+    full, adapters = _LEARNING_RATES.get(objective, _OTHERS)
+    faster = 1.0 if objective == "sft" else min(max(_PUBLISHED_STEPS / total_steps, 1.0), _MOST_FASTER)
+    return (full if adapter == "full" else adapters) * faster * _PUBLISHED_WIDTH / width
+
+
+def unusual_rate(learning_rate: float | None, usual: float) -> list[str]:
+    """Say where a recipe's learning rate is further from the usual one of such a run than published rates are."""
+    if learning_rate is None or usual / _FAR <= learning_rate <= usual * _FAR:
+        return []
+    return [
+        f"train.learning_rate = {learning_rate:g} is far from {usual:.2g}, the usual one of this objective, adapter, width and number of steps"
+    ]
+
+
 REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
 """Objectives that hold the policy against no reference."""
 TAKES_LONE_ANSWERS = frozenset({"sft", "kto", "apo_zero_unpaired"})
@@ -234,13 +277,17 @@ class TrainSection(Section):
     reference: Literal["sharded", "adapter_off", "precomputed"] = Field(
         "precomputed", description="Where reference log-probabilities come from."
     )
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of AdamW; null: the usual one of such a run."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up, to zero.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
-    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
-    min_steps: int | None = Field(None, ge=1, description="More epochs than asked until this many steps are reached.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the training rows; null: as `min_steps` says.")
+    min_steps: int | None = Field(
+        None, ge=1, description="As many passes as make this many steps; null: 32, where `epochs` is null too."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps.")
     batch_pairs: int = Field(16, ge=1, description="Pairs of one optimizer step, over all workers.")
     micro_batch_tokens: int = Field(2048, ge=16, description="Token budget of one forward pass of one worker.")
@@ -284,6 +331,9 @@ class TrainSection(Section):
             raise ValueError(msg)
         if self.adapter == "full" and "lora" in self.model_fields_set:
             msg = "`lora` has no effect with `adapter: full`: remove it"
+            raise ValueError(msg)
+        if self.epochs is not None and self.min_steps is not None:
+            msg = f"`epochs` = {self.epochs} and `min_steps` = {self.min_steps} both say how often the rows are passed: remove one"
             raise ValueError(msg)
         if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
             msg = f"`min_steps` = {self.min_steps} is more than `max_steps` = {self.max_steps}"

@@ -24,7 +24,14 @@ from typing import Any
 
 import sqlalchemy as sa
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import app
@@ -226,6 +233,13 @@ def device_of(gpu_ids: Sequence[object]) -> torch.device:
         msg = f"the process was given {len(gpu_ids)} GPU(s), but torch {torch.__version__} finds none\n\nHint: install a CUDA build of torch on that machine, or set workers.use_gpu to false (serving.gpus_per_replica to 0)."
         raise ModelError(msg)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def model_width(home: Home, model_id: str) -> int:
+    """Return the hidden size of a model artifact, from its configuration alone."""
+    artifact = home.artifact("models", model_id)
+    config = json.loads(artifact.filesystem.cat_file(f"{artifact.path}/config.json"))
+    return int(AutoConfig.for_model(**config).get_text_config().hidden_size)
 
 
 def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:

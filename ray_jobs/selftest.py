@@ -49,6 +49,7 @@ from ray_jobs.train import train
 _BACKENDS: tuple[Backend, ...] = ("sdpa", "flex", "varlen")
 _PAIRS = 32
 _STEP_PAIRS = 8
+_LEARNING_RATE = 1e-4
 _PROMPT, _ANSWER = 48, 24
 
 
@@ -142,15 +143,15 @@ def resume(bench: Bench) -> str:
     section = _section("float32", "sdpa")
     steps = list(step_groups(_scored(bench), _STEP_PAIRS))
     whole = _policy(bench, section)
-    _optimise(whole, section, steps, len(steps), done=0, optimizer=make_optimizer(whole, section))
+    _optimise(whole, section, steps, len(steps), done=0, optimizer=make_optimizer(whole, _LEARNING_RATE))
     half = len(steps) // 2
     identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest")
     first = _policy(bench, section)
-    optimizer = make_optimizer(first, section)
+    optimizer = make_optimizer(first, _LEARNING_RATE)
     _optimise(first, section, steps[:half], len(steps), done=0, optimizer=optimizer)
     save_checkpoint(bench.home, identity, first, optimizer, step=half, reports=())
     second = _policy(bench, section)
-    optimizer = make_optimizer(second, section)
+    optimizer = make_optimizer(second, _LEARNING_RATE)
     done = load_newest(bench.home, identity, second, optimizer).step
     _optimise(second, section, steps[done:], len(steps), done=done, optimizer=optimizer)
     ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m).values()]) for m in (second, whole))
@@ -187,7 +188,7 @@ def job(bench: Bench) -> str:
     # One step holds all groups, so the order in which the job reads them is of no matter.
     policy = _policy(bench, section)
     steps = [scored] * len(rows)
-    expected = _optimise(policy, section, steps, len(rows), done=0, optimizer=make_optimizer(policy, section))
+    expected = _optimise(policy, section, steps, len(rows), done=0, optimizer=make_optimizer(policy, _LEARNING_RATE))
     apart = max(
         abs(row.metrics["loss"] - report.loss) / report.loss
         for row, report in zip(rows, expected, strict=True)
@@ -246,7 +247,7 @@ def _section(dtype: str, backend: Backend) -> TrainSection:
             "adapter": "full",
             "dtype": dtype,
             "attention": backend,
-            "learning_rate": 1e-4,
+            "learning_rate": _LEARNING_RATE,
             "batch_pairs": _PAIRS,
             "epochs": 2,
             "micro_batch_tokens": 512,

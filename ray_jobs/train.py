@@ -23,11 +23,11 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from app.config import Recipe, TrainSection, unusual_options
+from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
 from app.errors import DataError, ModelError, PrefloopError, RecipeError, TrainingError, WorkersLost
 from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
-from app.models import Lineage, code_version, load_tokenizer, register_folder, template_digest
+from app.models import Lineage, code_version, load_tokenizer, model_width, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.storage import Artifact, Home
@@ -51,6 +51,9 @@ from ray_jobs.worker import (
     train_worker,
 )
 
+_FEWEST_STEPS = 32
+"""Of a recipe that says neither epochs nor steps: fewer hardly move a model at rates that do not break it."""
+
 _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
 
@@ -65,6 +68,8 @@ class TrainResult:
     run_id: str
     model: ModelRow
     steps: int
+    learning_rate: float
+    """Its peak: the recipe's or the usual one."""
     learning: Learning | Likelihood | None
     metrics: dict[str, float]
     """Of what was held out, by the names of the ledger."""
@@ -124,9 +129,6 @@ def train(
             finite), which is not tried again.
         ModelError: a worker cannot load, pack or adapt the model; not tried again either.
     """
-    for warning in unusual_options(recipe.train.objective, recipe.train.options):
-        if console is not None:
-            console.print(f"warning: {warning}", highlight=False, markup=False)
     require_trackers(recipe.track, home)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
@@ -137,15 +139,28 @@ def train(
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
     weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
     options = balanced(recipe.train.options, **weights)
-    section, steps = _lengthened(recipe.train.model_copy(update={"options": options}), files)
+    section = recipe.train.model_copy(update={"options": options})
+    epochs, steps = _plan(section, files)
+    total_steps = min(steps, section.max_steps or steps)
+    usual = usual_learning_rate(
+        section.objective, section.adapter, width=model_width(home, start.model_id), total_steps=total_steps
+    )
+    if console is not None:
+        for warning in (
+            *unusual_options(section.objective, section.options),
+            *unusual_rate(section.learning_rate, usual),
+        ):
+            console.print(f"warning: {warning}", highlight=False, markup=False)
     task = TrainTask(
         home_uri=home.uri,
         identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
         start_model_id=start.model_id,
         reference_model_id=reference.model_id,
         section=section,
+        epochs=epochs,
         files=files,
-        total_steps=min(steps, section.max_steps or steps),
+        total_steps=total_steps,
+        learning_rate=section.learning_rate or usual,
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
     _record_start(ledger, recipe, task, reference)
@@ -179,18 +194,20 @@ def train(
         follower.end()
 
 
-def _lengthened(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[TrainSection, int]:
-    """Return the section with as many epochs as `min_steps` asks for, and the optimizer steps of these epochs."""
+def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int]:
+    """Return the epochs, as many as the recipe says or as its fewest steps take, and their optimizer steps."""
 
     def steps_of(epochs: int) -> int:
         return count_steps(
             files, seed=section.seed, epochs=epochs, window=SHUFFLE_WINDOW, batch_pairs=section.batch_pairs
         )
 
-    epochs = section.epochs
-    while 0 < (steps := steps_of(epochs)) < (section.min_steps or 0):
+    if section.epochs is not None:
+        return section.epochs, steps_of(section.epochs)
+    fewest, epochs = section.min_steps or _FEWEST_STEPS, 1
+    while 0 < (steps := steps_of(epochs)) < fewest:
         epochs += 1
-    return section.model_copy(update={"epochs": epochs}), steps
+    return epochs, steps
 
 
 def _show(meter: Meter, row: RunStepRow, *, total: int) -> None:
@@ -260,7 +277,7 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
     context.use_datasource_v2 = False
     filesystem = snapshot.filesystem
     epochs: dict[str, Any] = {}
-    for epoch in range(task.section.epochs):
+    for epoch in range(task.epochs):
         ordered = epoch_files(task.files, seed=task.section.seed, epoch=epoch)
         paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
         # A path that is listed twice in one read vanishes, and a union of ordered data sets takes blocks in turn.
@@ -316,7 +333,12 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         raise WorkersLost(msg)
     learning = _judge(measures, seed=recipe.train.seed)
     counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
-    metrics = {**summary(measures), "steps": task.total_steps, "simulated_pairs": counts.get("simulated", 0)}
+    metrics = {
+        **summary(measures),
+        "steps": task.total_steps,
+        "learning_rate": task.learning_rate,
+        "simulated_pairs": counts.get("simulated", 0),
+    }
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
     export = home.artifact(f"runs/{run_id}", EXPORT)
@@ -332,7 +354,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     export.filesystem.rm(export.path, recursive=True)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
-    return TrainResult(run_id, model, task.total_steps, learning, summary(measures))
+    return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures))
 
 
 def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
@@ -439,7 +461,8 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
     print_learning(console, result.learning)
     console.print(
-        f"run {result.run_id}: {result.steps} steps, model [bold]{result.model.model_id}[/bold]", highlight=False
+        f"run {result.run_id}: {result.steps} steps, learning rate up to {result.learning_rate:.3g}, model [bold]{result.model.model_id}[/bold]",
+        highlight=False,
     )
     return 0
 

@@ -72,8 +72,11 @@ class TrainTask:
     start_model_id: str
     reference_model_id: str
     section: TrainSection
+    epochs: int
     files: tuple[TrainFile, ...]
     total_steps: int
+    learning_rate: float
+    """At its peak."""
     threads: int
 
     def home(self) -> Home:
@@ -120,7 +123,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     objective = load_objective(section.objective, section.options)
     policy = build_policy(start, section, agreement="agreement" in objective.needs).to(device)
     reference = _reference(task, policy, device) if objective.has_reference else precomputed
-    optimizer = make_optimizer(policy, section)
+    optimizer = make_optimizer(policy, task.learning_rate, weight_decay=section.weight_decay)
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
@@ -229,8 +232,8 @@ def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[S
 
 def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
     section = task.section
-    batches = itertools.chain.from_iterable(map(_read_epoch, range(section.epochs)))
-    orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(section.epochs)]
+    batches = itertools.chain.from_iterable(map(_read_epoch, range(task.epochs)))
+    orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(task.epochs)]
     indices = (file.first + i for order in orders for file in order for i in range(len(file.judgements)))
     groups = _in_order(batches, indices)
 

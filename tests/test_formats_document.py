@@ -9,6 +9,7 @@ from app.evaluation.prompts import load_prompts
 from app.evaluation.rules import load_style
 from app.evaluation.suites import load_golden
 from app.preferences.formats import read_rows
+from app.preferences.quality import usual_held_out
 from serving.bodies import ChatRequest, ComparisonRequest, FeedbackRequest
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,8 @@ def test_every_recipe_value_that_is_named_exists_and_has_the_default_that_is_tol
     )
     assert (gate["perplexity_ratio_max"], gate["finished_drop_max"], gate["repetition_rise_max"]) == (1.25, 0.1, 0.1)
     defaults = Recipe(name="d")
-    assert (defaults.pairs.min_pairs, defaults.pairs.held_out_fraction) == (1000, 0.15)
+    assert (defaults.pairs.min_pairs, defaults.pairs.held_out_fraction) == (1000, None)
+    assert [usual_held_out(clusters) for clusters in (300, 667)] == [1 / 3, 0.15]
+    assert (defaults.prepare.max_length, defaults.prepare.too_long) == (2048, "drop")
     assert (defaults.serving.max_tokens, defaults.serving.request_timeout_s) == (256, 300)
     assert tree["evaluate"]["max_new_tokens"] == 256

@@ -124,7 +124,7 @@ def run_ours(work: Work, arm: Arm) -> Measured:
         steps,
         objective=load_objective(section.objective, section.options),
         reference=reference,
-        optimizer=make_optimizer(policy, section),
+        optimizer=make_optimizer(policy, work.learning_rate),
         section=section,
         total_steps=len(steps),
         workers=SingleWorker(),
@@ -161,6 +161,7 @@ def section_of(work: Work) -> TrainSection:
     return TrainSection(
         adapter=work.adapter,
         learning_rate=work.learning_rate,
+        epochs=1,
         schedule="constant",
         warmup_ratio=0.0,
         batch_pairs=work.batch_pairs,

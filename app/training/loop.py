@@ -153,12 +153,12 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, sc
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
 
 
-def make_optimizer(policy: ScoringModel, section: TrainSection) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that train."""
+def make_optimizer(policy: ScoringModel, learning_rate: float, *, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Return AdamW over the parameters that train, with this peak learning rate."""
     return torch.optim.AdamW(
         trainable(policy).values(),
-        lr=section.learning_rate,
-        weight_decay=section.weight_decay,
+        lr=learning_rate,
+        weight_decay=weight_decay,
         betas=(0.9, 0.999),
         fused=True,  # one pass over weights and moments instead of ten
     )
@@ -183,8 +183,8 @@ def optimise(
         steps: the groups of each remaining step, the same on every rank.
         objective: losses of pairs or of judged answers.
         reference: asked where the objective has one.
-        optimizer: over the parameters of `policy` that train.
-        section: learning rate, schedule, clipping, token budget, dtype.
+        optimizer: over the parameters of `policy` that train; the learning rate it was made with is the peak.
+        section: schedule, clipping, token budget, dtype.
         total_steps: steps of the whole run, for the schedule.
         done_steps: steps done before a resume.
         workers: the ranks.
@@ -221,7 +221,7 @@ def optimise(
             step=step + 1,
             kl=None if kl is None else _finite(float(kl)),
             grad_norm=float(norm),
-            learning_rate=section.learning_rate
+            learning_rate=optimizer.defaults["lr"]
             * learning_rate_factor(
                 step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
             ),

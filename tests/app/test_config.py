@@ -1,12 +1,22 @@
 """Recipes: every fault at once, with the near miss, and values as YAML means them."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from app.config import OBJECTIVE_OPTIONS, PairSection, Recipe, load_recipe, parse_recipe, unusual_options
+from app.config import (
+    OBJECTIVE_OPTIONS,
+    PairSection,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    unusual_options,
+    unusual_rate,
+    usual_learning_rate,
+)
 from app.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -112,6 +122,8 @@ def test_options_without_effect_are_refused():
 def test_more_steps_at_least_than_at_most_are_refused():
     with pytest.raises(RecipeError, match="`min_steps` = 9 is more than `max_steps` = 8"):
         parse_recipe({"name": "x", "train": {"min_steps": 9, "max_steps": 8}}, place="here")
+    with pytest.raises(RecipeError, match="`epochs` = 2 and `min_steps` = 9 both say how often the rows are passed"):
+        parse_recipe({"name": "x", "train": {"min_steps": 9, "epochs": 2}}, place="here")
 
 
 def test_a_recipe_is_frozen_and_survives_json():
@@ -157,6 +169,27 @@ def test_an_option_outside_of_what_its_objective_is_used_with_is_told(objective,
 def test_no_default_is_outside_of_what_its_objective_is_used_with(name):
     train = parse_recipe({"name": "x", "train": {"objective": name}}, place="x").train
     assert unusual_options(train.objective, train.options) == []
+
+
+def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps():
+    full, lora = (partial(usual_learning_rate, adapter=adapter) for adapter in ("full", "lora"))
+    for objective in ("dpo", "simpo", "my.module:loss"):
+        assert full(objective, width=4096, total_steps=480) == 5e-7
+    assert full("dpo", width=4096, total_steps=10_000) == 5e-7
+    assert full("dpo", width=2048, total_steps=240) == pytest.approx(2e-6)
+    assert full("dpo", width=4096, total_steps=1) == pytest.approx(4e-6)
+    assert full("sft", width=4096, total_steps=1) == 2e-5
+    for objective in OBJECTIVE_OPTIONS:
+        assert lora(objective, width=512, total_steps=99) == pytest.approx(
+            10 * full(objective, width=512, total_steps=99)
+        )
+
+
+def test_a_rate_far_from_the_usual_one_is_warned_of():
+    assert unusual_rate(None, 5e-7) == unusual_rate(5e-6, 5e-7) == unusual_rate(6e-8, 5e-7) == []
+    (warning,) = unusual_rate(2e-5, 5e-7)
+    assert warning.startswith("train.learning_rate = 2e-05 is far from 5e-07, the usual one of this objective")
+    assert unusual_rate(1e-8, 5e-7)
 
 
 def test_a_key_that_moved_is_named_with_its_new_place():

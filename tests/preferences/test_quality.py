@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.preferences.candidates import Candidate
 from app.preferences.formats import read_rows
-from app.preferences.quality import assign_splits, resolve, split_of
+from app.preferences.quality import assign_splits, resolve, split_of, usual_held_out
 from app.schemas import Message, Pair, Response, Source
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -113,7 +113,7 @@ def test_the_order_of_the_rows_changes_neither_what_is_kept_nor_what_is_counted(
 LONG = "Please explain to a class of ten year old children why the sky looks blue at noon and turns red in the evening."
 
 
-def split(*prompts: str, fraction: float = 0.3) -> list[Pair]:
+def split(*prompts: str, fraction: float | None = 0.3) -> list[Pair]:
     return assign_splits([pair("a", "b", prompt=p) for p in prompts], threshold=0.8, held_out_fraction=fraction)
 
 
@@ -121,6 +121,16 @@ def test_near_duplicate_prompts_share_cluster_and_side():
     rows = split(LONG, LONG.replace("evening.", "evening!  "), LONG.upper(), "Something else entirely, a haiku say.")
     assert len({r.cluster for r in rows[:3]}) == 1
     assert rows[3].cluster != rows[0].cluster
+
+
+def test_few_clusters_hold_out_a_hundred_but_never_more_than_a_third_and_a_growing_set_never_takes_one_back():
+    shares = [usual_held_out(clusters) for clusters in range(1, 2000)]
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[29], shares[-1]) == (1 / 3, 0.15)
+    assert 500 * usual_held_out(500) == pytest.approx(100)
+    rows = split(*(f"{word} " * 30 for word in map(str, range(60))), fraction=None)
+    assert {row.split for row in rows} == {"train", "held_out"}
+    assert [row.split for row in rows] == [split_of(row.cluster, 1 / 3) for row in rows]
 
 
 def test_a_system_prompt_does_not_make_prompts_alike():

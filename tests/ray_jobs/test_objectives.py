@@ -120,7 +120,7 @@ def one_process(home, snapshot_id, recipe):
             steps,
             objective=objective,
             reference=precomputed,
-            optimizer=make_optimizer(policy, section),
+            optimizer=make_optimizer(policy, section.learning_rate),
             section=section,
             total_steps=len(steps),
             workers=SingleWorker(),

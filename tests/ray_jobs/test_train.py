@@ -15,14 +15,14 @@ import torch
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
-from app.config import TrackSection, parse_recipe
+from app.config import TrackSection, parse_recipe, usual_learning_rate
 from app.errors import DataError, ServiceError, TrainingError
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow
 from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
 from app.storage import Home
 from app.training.batch import PackedBatch, step_groups
-from app.training.loop import SingleWorker, make_optimizer, optimise
+from app.training.loop import SingleWorker, learning_rate_factor, make_optimizer, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed
 from app.training.scoring import ScoringModel
@@ -152,7 +152,7 @@ def one_process(stage, recipe):
             steps,
             objective=load_objective(section.objective, section.options),
             reference=precomputed,
-            optimizer=make_optimizer(policy, section),
+            optimizer=make_optimizer(policy, section.learning_rate),
             section=section,
             total_steps=len(steps),
             workers=SingleWorker(),
@@ -294,7 +294,7 @@ def test_a_refusal_of_a_worker_ends_the_run_at_its_first_attempt(cluster, stage)
 
 def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
-    recipe = recipe_for(sft, epochs=1, min_steps=25)
+    recipe = recipe_for(sft, epochs=None, min_steps=25, learning_rate=None)
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"max_failures": 0})})
     with (
         a_worker_killed_after(ledger, "mortal", steps=2) as killed,
@@ -304,7 +304,11 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     assert len(killed) == 1
     with ledger.read() as session:
         per_epoch = session.get_one(RunRow, "unbroken").metrics["total_steps"] / 2
-        assert 25 <= session.get_one(RunRow, "mortal").metrics["total_steps"] < 25 + per_epoch
+        total = session.get_one(RunRow, "mortal").metrics["total_steps"]
+    assert 25 <= total < 25 + per_epoch
+    usual = usual_learning_rate("dpo", "lora", width=32, total_steps=total)
+    first = learning_rate_factor(0, total_steps=total, warmup_ratio=0.1, schedule="cosine")
+    assert steps_of(ledger, "mortal")[0]["learning_rate"] == pytest.approx(usual * first)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTI
             steps or list(step_groups(groups, section.batch_pairs)),
             objective=objective,
             reference=reference_of(policy, section),
-            optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section),
+            optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section.learning_rate),
             section=section,
             total_steps=20,
             workers=SingleWorker(),
@@ -94,6 +94,7 @@ def test_the_first_loss_is_ln_2(start):
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-5)
     assert reports[0].reward_ties == 1.0
     assert reports[0].chosen_fell == 0.0
+    assert reports[0].learning_rate == 1e-3 / 2, "half way up"
 
 
 def test_training_raises_the_margin_of_what_it_trains_on(start):
@@ -284,13 +285,13 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
     whole, _ = run(start, SECTION, [], steps=steps)
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION)
+    optimizer = make_optimizer(policy, SECTION.learning_rate)
     common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": SingleWorker()}
     reference = reference_of(policy, SECTION)
     for report in optimise(policy, steps[:2], reference=reference, optimizer=optimizer, **common):
         save_checkpoint(home, identity, policy, optimizer, step=report.step, reports=[{"step": report.step}])
     resumed = build_policy(start(), SECTION)
-    fresh = make_optimizer(resumed, SECTION)
+    fresh = make_optimizer(resumed, SECTION.learning_rate)
     assert load_newest(home, identity, resumed, fresh) == Resumed(2, ({"step": 2},), ())
     reference = reference_of(resumed, SECTION)
     list(optimise(resumed, steps[2:], reference=reference, optimizer=fresh, done_steps=2, **common))
@@ -301,7 +302,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION)
+    optimizer = make_optimizer(policy, SECTION.learning_rate)
     steps = list(step_groups(make_groups(6), 2))[:2]
     for report in optimise(
         policy,
@@ -326,7 +327,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
 def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION)
+    optimizer = make_optimizer(policy, SECTION.learning_rate)
     save_checkpoint(home, identity, policy, optimizer, step=1)
     with pytest.raises(TrainingError, match="checkpoints of another snapshot_id"):
         load_newest(home, replace(identity, snapshot_id="other"), policy, optimizer)
@@ -337,7 +338,7 @@ def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_
     bad = replace(groups[1], reference_logps=(math.nan,) * len(groups[1].responses))
     section = SECTION.model_copy(update={"reference": "precomputed"})
     policy = build_policy(start(), section)
-    common = {"objective": OBJECTIVE, "optimizer": make_optimizer(policy, section), "section": section}
+    common = {"objective": OBJECTIVE, "optimizer": make_optimizer(policy, section.learning_rate), "section": section}
     common |= {"total_steps": 9, "workers": SingleWorker(), "reference": precomputed}
     before = {n: p.detach().clone() for n, p in trainable(policy).items()}
     with_bad = [groups[0], bad]
@@ -437,8 +438,8 @@ def test_a_policy_in_bf16_with_its_fp32_adapters_can_be_lent_too(start):
 def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    save_checkpoint(home, identity, policy, make_optimizer(policy, SECTION), step=1)
-    assert load_newest(home, identity, policy, make_optimizer(policy, SECTION)).step == 1
+    save_checkpoint(home, identity, policy, make_optimizer(policy, SECTION.learning_rate), step=1)
+    assert load_newest(home, identity, policy, make_optimizer(policy, SECTION.learning_rate)).step == 1
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
