@@ -37,9 +37,10 @@ from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.loop import SingleWorker, StepReport, check_packing, make_optimizer, optimise
+from app.training.loop import SingleWorker, StepReport, make_optimizer, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, frozen, precomputed, trainable
+from app.training.proofs import check_packing
 from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.snapshots import Binding, global_order, write_training_snapshot
 from app.training.tokenization import Group, Preference

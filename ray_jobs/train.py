@@ -32,8 +32,8 @@ from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
+from app.training.held_out import Measures
 from app.training.judgements import balanced
-from app.training.loop import Measures
 from app.training.objectives import load_objective
 from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary

@@ -31,22 +31,11 @@ from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.loop import (
-    AnswerMeasure,
-    Measures,
-    PairMeasure,
-    Row,
-    SingleWorker,
-    Workers,
-    check_packing,
-    check_step_zero,
-    make_optimizer,
-    measure,
-    measure_exported,
-    optimise,
-)
+from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported
+from app.training.loop import Row, SingleWorker, Workers, make_optimizer, optimise
 from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, precomputed
+from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, own_attention
 from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group

@@ -16,33 +16,20 @@ from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from app.config import TrainSection
 from app.errors import TrainingError
 from app.training.batch import PackedBatch, micro_batches, rank_share
 from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
-from app.training.policy import Reference, autocast, merged_model, precomputed, trainable
-from app.training.scoring import ScoringModel, plain_logps, with_reference_logps
+from app.training.policy import Reference, autocast, trainable
+from app.training.proofs import NOISE_TOLERANCE
+from app.training.scoring import ScoringModel
 from app.training.tokenization import Group
-
-_NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
-"""Nats for the square root of a token, root mean square over responses.
-
-Rounding errors of tokens are independent, so they grow with the square root of a response's length: SmolLM2-135M in
-bf16 is 0.04 to 0.05 from fp32, by plain rows as well as packed. Measured on four groups of the demo: packed against plain
-rows 0.08, the SFT model against the first champion 1.3, stock attention on the packed row 6.8.
-"""
-
 
 Row = TypeVar("Row")
 
-
 _MAX_FAILURES = 3
-
-_GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
-"""Norm of the difference of two gradients, as a share of the norm."""
 
 
 class Workers(Protocol):
@@ -106,42 +93,6 @@ class StepReport:
     """Ids of the rows that were not finite, where the step made no update."""
 
 
-@dataclass(frozen=True, slots=True)
-class PairMeasure:
-    """One held-out pair: its reward margin and the lengths of its answers, in tokens."""
-
-    pair_id: str
-    cluster: str
-    margin: float
-    loss: float | None
-    """None where the objective judges answers one by one."""
-    chosen_tokens: int
-    rejected_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerMeasure:
-    """One held-out answer that is judged by itself."""
-
-    pair_id: str
-    cluster: str
-    desirable: bool
-    reward: float
-    logp: float
-    tokens: int
-    loss: float
-    start_logp: float | None = None
-    """Of the model that training began with, where nothing but likelihood is learned."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measures:
-    """What was measured on held-out groups, sorted by id."""
-
-    pairs: list[PairMeasure]
-    answers: list[AnswerMeasure]
-
-
 def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, schedule: str) -> float:
     """Return the factor on the peak learning rate for the 0-based `step`: linear warm-up, then decay to zero."""
     warmup = math.ceil(total_steps * warmup_ratio)
@@ -201,7 +152,7 @@ def optimise(
         began = time.perf_counter()
         policy.train()
         optimizer.zero_grad(set_to_none=False)
-        totals = _Totals.of(groups, objective.unit)
+        totals = Totals.of(groups, objective.unit)
         # Strangers are of no use to an objective without a KL, though its snapshot may hold them.
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
         kl = _kl(policy, strangers, reference, section=section, workers=workers) if "kl" in objective.needs else None
@@ -209,7 +160,7 @@ def optimise(
         odd: list[str] = []
         for batch in micro_batches(own, section.micro_batch_tokens):
             batch = batch.to(device)
-            result, scored = _losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+            result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
             loss.backward()
             sums.add(batch, objective.unit, result, scored, float(loss.detach()))
@@ -244,164 +195,6 @@ def optimise(
         yield replace(report, seconds=time.perf_counter() - began)
 
 
-def measure(
-    policy: ScoringModel,
-    groups: Sequence[Group],
-    *,
-    objective: Objective,
-    reference: Reference,
-    section: TrainSection,
-    workers: Workers,
-) -> Measures:
-    """Score held-out groups without training; every rank returns what all ranks measured, sorted by id.
-
-    Held-out answers come from their own prompts only, so KTO's KL is not known: its losses are those of kl = 0.
-    """
-    device = next(policy.parameters()).device
-    policy.train(mode=False)
-    pairs: list[PairMeasure] = []
-    answers: list[AnswerMeasure] = []
-    totals = _Totals.of(groups, objective.unit)
-    kl = torch.zeros((), device=device)
-    share = rank_share(groups, rank=workers.rank, world_size=workers.size)
-    with torch.no_grad():
-        for batch in micro_batches(share, section.micro_batch_tokens):
-            batch = batch.to(device)
-            result, scored = _losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
-            rewards, losses = result.rewards, result.losses.tolist()
-            if objective.unit != "good":
-                pairs += map(
-                    PairMeasure,
-                    batch.pair_ids,
-                    batch.clusters,
-                    (rewards[batch.chosen] - rewards[batch.rejected]).tolist(),
-                    losses if objective.unit == "pairs" else itertools.repeat(None),
-                    batch.token_counts[batch.chosen].tolist(),
-                    batch.token_counts[batch.rejected].tolist(),
-                )
-            if objective.unit != "pairs":
-                answers += map(
-                    AnswerMeasure,
-                    batch.label_ids,
-                    batch.label_clusters,
-                    batch.desirable.tolist(),
-                    rewards[batch.responses].tolist(),
-                    scored.policy_logps[batch.responses].tolist(),
-                    batch.token_counts[batch.responses].tolist(),
-                    losses,
-                )
-    return Measures(
-        sorted(workers.gather(pairs), key=lambda row: row.pair_id),
-        sorted(workers.gather(answers), key=lambda row: (row.pair_id, not row.desirable)),
-    )
-
-
-def measure_exported(
-    policy: ScoringModel,
-    groups: Sequence[Group],
-    *,
-    objective: Objective,
-    reference: Reference,
-    section: TrainSection,
-    workers: Workers,
-) -> tuple[PreTrainedModel, Measures]:
-    """Merge the adapters, and score held-out groups with the very weights that leave the run.
-
-    Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
-    fine-tuning leave as they are, in fp32; a replica rounds them to `serving.dtype` as it loads them.) The base
-    may be the reference, so that is asked before the merge. The policy is of no use afterwards.
-
-    Returns:
-        the plain model and its measures as `measure` returns them.
-    """
-    if objective.has_reference:
-        device = next(policy.parameters()).device
-        policy.train(mode=False)
-        # `measure` divides them in the same way, so what other ranks score needs no reference here.
-        mine = with_reference_logps(
-            rank_share(groups, rank=workers.rank, world_size=workers.size),
-            lambda batch: reference(batch.to(device)),
-            token_budget=section.micro_batch_tokens,
-        )
-        scored = {group.group_id: group for group in mine}
-        groups = [scored.get(group.group_id, group) for group in groups]
-    model = merged_model(policy)
-    measured = measure(
-        ScoringModel(model, agreement=policy.agreement, backend=policy.backend),
-        groups,
-        objective=objective,
-        reference=precomputed,
-        section=section,
-        workers=workers,
-    )
-    return model, measured
-
-
-def check_step_zero(
-    policy: ScoringModel, groups: Sequence[Group], *, reference: Reference, section: TrainSection
-) -> float:
-    """Compare the untrained policy with its reference on a few groups and return how far they are apart, see `_noise`.
-
-    Raises:
-        TrainingError: the reference log-probabilities do not come from the model that the policy starts from.
-    """
-    device = next(policy.parameters()).device
-    tolerance = _NOISE_TOLERANCE[section.dtype]
-    policy.train(mode=False)
-    batch = PackedBatch.pack(groups).to(device)
-    with torch.no_grad(), autocast(device, section.dtype):
-        logps: Tensor = policy(batch).logps
-    apart = _noise(logps, reference(batch), batch)
-    if not apart <= tolerance:
-        msg = f"policy and reference differ by {apart:.4f} nats for the root of a token before the first step (allowed: {tolerance}), so they are not the same model\n\nHint: name another model.reference_model, or score it again with `--set prepare.reuse_scores=false`."
-        raise TrainingError(msg)
-    return apart
-
-
-def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
-    """Compare packed scores and their gradients with plain rows on a few groups and return how far the scores are apart.
-
-    The gradient is that of the log-probabilities, with alternating signs for the groups; see `_noise`.
-
-    Raises:
-        TrainingError: the packed attention does not compute what this model's own attention does.
-    """
-    parameters = list(trainable(policy).values())
-    device = parameters[0].device
-    policy.train(mode=False)
-    batch = PackedBatch.pack(groups).to(device)
-    # Answers to one prompt are much alike: with opposite signs little would be left but noise.
-    signs = [1.0 - 2.0 * (number % 2) for number, group in enumerate(groups) for _ in group.responses]
-    with autocast(device, section.dtype):
-        packed: Tensor = policy(batch).logps
-    (packed * torch.tensor(signs, device=device)).sum().backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    plain = torch.zeros_like(packed)
-    for parameter in parameters:
-        parameter.grad = None
-    rows = [replace(group, responses=(response,)) for group in groups for response in group.responses]
-    for number, (row, sign) in enumerate(zip(rows, signs, strict=True)):
-        # One graph at a time: its logits are those of all tokens.
-        with autocast(device, section.dtype):
-            logp = plain_logps(policy.model, [row]).sum()
-        (sign * logp).backward()
-        plain[number] = logp.detach()
-    apart = _noise(packed.detach(), plain, batch)
-    pairs = [
-        (p.grad if p.grad is not None else torch.zeros_like(p), g) for p, g in zip(parameters, gradients, strict=True)
-    ]
-    length = math.sqrt(sum(float(expected.double().square().sum()) for expected, _ in pairs))
-    turned = math.sqrt(sum(float((expected - found).double().square().sum()) for expected, found in pairs))
-    turned /= max(length, 1e-12)
-    for parameter in parameters:
-        parameter.grad = None
-    allowed, allowed_turn = _NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
-    if not (apart <= allowed and turned <= allowed_turn):
-        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."
-        raise TrainingError(msg)
-    return apart
-
-
 def _waited_for(steps: Iterable[Sequence[Group]]) -> Iterator[tuple[Sequence[Group], float]]:
     """Yield each step with the seconds that it was waited for."""
     iterator = iter(steps)
@@ -413,13 +206,8 @@ def _waited_for(steps: Iterable[Sequence[Group]]) -> Iterator[tuple[Sequence[Gro
         yield groups, time.perf_counter() - asked
 
 
-def _noise(found: Tensor, expected: Tensor, batch: PackedBatch) -> float:
-    """Return the root mean square over responses of their difference divided by the root of their tokens, in nats."""
-    return float(((found - expected).double().square() / batch.token_counts).mean().sqrt())
-
-
 @dataclass(frozen=True, slots=True)
-class _Totals:
+class Totals:
     """Of all judgements of a step, on every rank."""
 
     weight: float
@@ -428,6 +216,7 @@ class _Totals:
 
     @classmethod
     def of(cls, groups: Sequence[Group], unit: Unit) -> Self:
+        """Add up the judgements of all groups of a step."""
         weight = tokens = 0.0
         for group in groups:
             if unit == "pairs":
@@ -482,7 +271,7 @@ def _kl(
     return (sums[0] / sums[1].clamp(min=1)).float()
 
 
-def _losses(
+def score_losses(
     policy: ScoringModel,
     batch: PackedBatch,
     objective: Objective,
@@ -548,7 +337,7 @@ class _Sums:
     )
 
     def __init__(self, device: torch.device, *, dtype: str) -> None:
-        self.noise = _NOISE_TOLERANCE[dtype]
+        self.noise = NOISE_TOLERANCE[dtype]
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
 
     def add(self, batch: PackedBatch, unit: Unit, result: Losses, scored: Scored, loss: float) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from app.evaluation.learning import judge_answers, judge_learning, judge_likelihood
-from app.training.loop import AnswerMeasure, PairMeasure
+from app.training.held_out import AnswerMeasure, PairMeasure
 
 
 def measures(*, right: int, wrong: int, tied: int = 0, shorter_chosen: float = 0.5) -> list[PairMeasure]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from app.errors import DataError
 from app.evaluation.learning import judge_learning
 from app.evaluation.ratings import Resampling, mean_rate, mean_ratio, needed_clusters
-from app.training.loop import PairMeasure
+from app.training.held_out import PairMeasure
 
 QUICK = Resampling(level=0.95, samples=400, seed=0)
 

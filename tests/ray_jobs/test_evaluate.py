@@ -20,7 +20,7 @@ from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import Lineage, load_model, load_tokenizer, register_folder, render_prompt
 from app.schemas import Message
 from app.storage import Home
-from app.training.loop import PairMeasure
+from app.training.held_out import PairMeasure
 from ray_jobs import answers as answers_module
 from ray_jobs.evaluate import evaluate, newest_trained
 from ray_jobs.worker import RESULT

@@ -17,19 +17,12 @@ from app.models import Lineage, load_model, register_folder
 from app.training import scoring
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
+from app.training.held_out import measure, measure_exported
 from app.training.judgements import divide, for_unit, with_strangers
-from app.training.loop import (
-    SingleWorker,
-    check_packing,
-    check_step_zero,
-    learning_rate_factor,
-    make_optimizer,
-    measure,
-    measure_exported,
-    optimise,
-)
+from app.training.loop import SingleWorker, learning_rate_factor, make_optimizer, optimise
 from app.training.objectives import Objective, load_objective
 from app.training.policy import adapter_off, autocast, build_policy, frozen, merged_model, precomputed, trainable
+from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, plain_logps
 from app.training.tokenization import Group, Preference
 

@@ -1,0 +1,149 @@
+"""What was held out, scored: rows for every pair and answer, which `app.evaluation.learning` judges.
+
+A run measures the weights that leave it, adapters merged and rounded, and not those that it trained. Nothing here knows
+what was learned or whether it is enough.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from app.config import TrainSection
+from app.training.batch import micro_batches, rank_share
+from app.training.loop import Totals, Workers, score_losses
+from app.training.objectives import Objective
+from app.training.policy import Reference, merged_model, precomputed
+from app.training.scoring import ScoringModel, with_reference_logps
+from app.training.tokenization import Group
+
+
+@dataclass(frozen=True, slots=True)
+class PairMeasure:
+    """One held-out pair: its reward margin and the lengths of its answers, in tokens."""
+
+    pair_id: str
+    cluster: str
+    margin: float
+    loss: float | None
+    """None where the objective judges answers one by one."""
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMeasure:
+    """One held-out answer that is judged by itself."""
+
+    pair_id: str
+    cluster: str
+    desirable: bool
+    reward: float
+    logp: float
+    tokens: int
+    loss: float
+    start_logp: float | None = None
+    """Of the model that training began with, where nothing but likelihood is learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What was measured on held-out groups, sorted by id."""
+
+    pairs: list[PairMeasure]
+    answers: list[AnswerMeasure]
+
+
+def measure(
+    policy: ScoringModel,
+    groups: Sequence[Group],
+    *,
+    objective: Objective,
+    reference: Reference,
+    section: TrainSection,
+    workers: Workers,
+) -> Measures:
+    """Score held-out groups without training; every rank returns what all ranks measured, sorted by id.
+
+    Held-out answers come from their own prompts only, so KTO's KL is not known: its losses are those of kl = 0.
+    """
+    device = next(policy.parameters()).device
+    policy.train(mode=False)
+    pairs: list[PairMeasure] = []
+    answers: list[AnswerMeasure] = []
+    totals = Totals.of(groups, objective.unit)
+    kl = torch.zeros((), device=device)
+    share = rank_share(groups, rank=workers.rank, world_size=workers.size)
+    with torch.no_grad():
+        for batch in micro_batches(share, section.micro_batch_tokens):
+            batch = batch.to(device)
+            result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+            rewards, losses = result.rewards, result.losses.tolist()
+            if objective.unit != "good":
+                pairs += map(
+                    PairMeasure,
+                    batch.pair_ids,
+                    batch.clusters,
+                    (rewards[batch.chosen] - rewards[batch.rejected]).tolist(),
+                    losses if objective.unit == "pairs" else itertools.repeat(None),
+                    batch.token_counts[batch.chosen].tolist(),
+                    batch.token_counts[batch.rejected].tolist(),
+                )
+            if objective.unit != "pairs":
+                answers += map(
+                    AnswerMeasure,
+                    batch.label_ids,
+                    batch.label_clusters,
+                    batch.desirable.tolist(),
+                    rewards[batch.responses].tolist(),
+                    scored.policy_logps[batch.responses].tolist(),
+                    batch.token_counts[batch.responses].tolist(),
+                    losses,
+                )
+    return Measures(
+        sorted(workers.gather(pairs), key=lambda row: row.pair_id),
+        sorted(workers.gather(answers), key=lambda row: (row.pair_id, not row.desirable)),
+    )
+
+
+def measure_exported(
+    policy: ScoringModel,
+    groups: Sequence[Group],
+    *,
+    objective: Objective,
+    reference: Reference,
+    section: TrainSection,
+    workers: Workers,
+) -> tuple[PreTrainedModel, Measures]:
+    """Merge the adapters, and score held-out groups with the very weights that leave the run.
+
+    Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
+    fine-tuning leave as they are, in fp32; a replica rounds them to `serving.dtype` as it loads them.) The base
+    may be the reference, so that is asked before the merge. The policy is of no use afterwards.
+
+    Returns:
+        the plain model and its measures as `measure` returns them.
+    """
+    if objective.has_reference:
+        device = next(policy.parameters()).device
+        policy.train(mode=False)
+        # `measure` divides them in the same way, so what other ranks score needs no reference here.
+        mine = with_reference_logps(
+            rank_share(groups, rank=workers.rank, world_size=workers.size),
+            lambda batch: reference(batch.to(device)),
+            token_budget=section.micro_batch_tokens,
+        )
+        scored = {group.group_id: group for group in mine}
+        groups = [scored.get(group.group_id, group) for group in groups]
+    model = merged_model(policy)
+    measured = measure(
+        ScoringModel(model, agreement=policy.agreement, backend=policy.backend),
+        groups,
+        objective=objective,
+        reference=precomputed,
+        section=section,
+        workers=workers,
+    )
+    return model, measured
