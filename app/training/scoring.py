@@ -25,7 +25,9 @@ from app.training.tokenization import Group
 _HEAD_CHUNK = 2048
 _DROPOUTS = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")
 _HEAD_DROPOUTS = ("classifier", "summary", "scheduled")
-_STATEFUL = re.compile(r"Mamba|SSM|DeltaNet|LinearAttention|Rwkv|RecurrentBlock|Rglru|ShortConv")
+_STATEFUL = re.compile(
+    r"Mamba|SSM|DeltaNet|LinearAttention|LightningAttention|[sm]LSTM|Rwkv|RecurrentBlock|Rglru|ShortConv"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,13 @@ class ScoringModel(nn.Module):
         decoder = causal.get_decoder()
         rows = _packed_rows(decoder, batch) if self.plain_because is None else _plain_rows(decoder, batch)
         head = causal.get_output_embeddings()
-        cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+        config = causal.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
         parts = []
         for part, targets in zip(
             torch.split(rows, _HEAD_CHUNK), torch.split(batch.target_ids, _HEAD_CHUNK), strict=True
         ):
-            arguments = (head, part, targets, cap, self.agreement)
+            arguments = (head, part, targets, _logit_scale(config), cap, self.agreement)
             if rows.requires_grad and len(rows) > _HEAD_CHUNK:
                 parts.append(checkpoint(_token_scores, *arguments, use_reentrant=False))
             else:
@@ -152,6 +155,10 @@ def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
         kind = type(module).__name__
         if _STATEFUL.search(kind) or isinstance(module, nn.Conv1d):
             return f"`{config.model_type}` has layers ({kind}) whose state would run from one response into the next"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return f"`{config.model_type}` has attention sinks, which the packed attention does not compute"
+    if not model.is_backend_compatible():
+        return f"`{config.model_type}` does not let its attention be computed by another"
     for name, value in config.to_dict().items():
         # `classifier_dropout` and the like belong to heads that a causal language model does not have.
         if value and name.endswith(_DROPOUTS) and not name.startswith(_HEAD_DROPOUTS):
@@ -191,9 +198,23 @@ def _plain_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
     return torch.cat(rows)
 
 
-def _token_scores(head: nn.Module, rows: Tensor, targets: Tensor, cap: float | None, agreement: bool) -> Tensor:  # noqa: FBT001
+def _logit_scale(config: Any) -> float:
+    """Return the factor on the head's output: Cohere names it, Granite names what divides it."""
+    return float(getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1))
+
+
+def _token_scores(
+    head: nn.Module,
+    rows: Tensor,
+    targets: Tensor,
+    scale: float,
+    cap: float | None,
+    agreement: bool,  # noqa: FBT001
+) -> Tensor:
     """Return [1, R] log-probabilities of the targets, or [2, R] with how far they agree with the policy's own choice."""
     logits: Tensor = head(rows)
+    if scale != 1:
+        logits = logits * scale
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     logps: Tensor = _TargetLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
