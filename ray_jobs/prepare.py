@@ -130,6 +130,7 @@ def prepare(
         counts={
             "kept": audit.kept - left_out,
             "dropped": dict(audit.dropped),
+            "dropped_such_as": audit.examples,
             "truncated": audit.truncated,
             "sources": dict(Counter(distinct(ordered).values())),
             "simulated": len(simulated & distinct(ordered).keys()),
@@ -258,9 +259,17 @@ def print_summary(console: Console, row: SnapshotRow) -> None:
     console.print(f"training snapshot [bold]{row.snapshot_id}[/bold]: {shown}", highlight=False)
     if counts["dropped"]:
         console.print(
-            "left out of training: " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()),
+            "left out of training: "
+            + ", ".join(f"{n} {reason}{_such_as(counts, reason)}" for reason, n in counts["dropped"].items()),
             highlight=False,
         )
+    if counts["truncated"]:
+        console.print(f"answers cut at the window: {counts['truncated']}", highlight=False)
+
+
+def _such_as(counts: dict[str, Any], reason: str) -> str:
+    example = counts.get("dropped_such_as", {}).get(reason)
+    return f" (such as pair {example})" if example else ""
 
 
 def _judgements(split: dict[str, Any]) -> str:

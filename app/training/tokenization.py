@@ -74,6 +74,9 @@ class TokenAudit:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    """Answers of kept rows that end at the window."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The id of the first row that was dropped, by reason."""
 
 
 @dataclass(slots=True)
@@ -120,9 +123,11 @@ def encode_groups(
     """
     drafts: dict[str, _Draft] = {}
     dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     kept = truncated = 0
     for pair in pairs:
         key = prompt_key(pair.prompt, pair.tools)
+        cut = 0
         try:
             draft = drafts.get(key)
             prompt_ids = draft.prompt_ids if draft else tuple(_prompt_ids(tokenizer, pair))
@@ -134,17 +139,19 @@ def encode_groups(
                 ids = _response_ids(tokenizer, pair, response, prompt_ids, template_digest, end_ids)
                 if len(prompt_ids) + len(ids) > max_length:
                     ids = _shorten(ids, len(prompt_ids), max_length, too_long, pair.pair_id)
-                    truncated += 1
+                    cut += 1
                 encoded.append(ids)
             chosen, rejected = encoded
             if chosen is not None and chosen == rejected:
                 raise _Rejected("identical_tokens")
         except _Rejected as reason:
             dropped[str(reason)] += 1
+            examples.setdefault(str(reason), pair.pair_id)
             continue
         if draft is None:
             draft = drafts[key] = _Draft(prompt_ids, pair.cluster, pair.split)
         kept += 1
+        truncated += cut
         if chosen is not None and rejected is not None:
             draft.pairs[pair.pair_id] = Preference(
                 draft.add(chosen), draft.add(rejected), pair.weight, pair.pair_id, pair.source
@@ -166,7 +173,7 @@ def encode_groups(
         )
         for key, draft in drafts.items()
     ]
-    return groups, TokenAudit(kept=kept, dropped=dropped, truncated=truncated)
+    return groups, TokenAudit(kept=kept, dropped=dropped, truncated=truncated, examples=examples)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[int]:
@@ -203,6 +210,9 @@ def _response_ids(
         raise _Rejected("two_end_tokens")
     if not ids or (not cut and len(ids) == 1):
         raise _Rejected("no_scored_token")
+    if any(token in end_ids for token in ids[:-1]):
+        # The model stops there when it answers: what follows is a text that it can never give.
+        raise _Rejected("end_token_inside")
     return tuple(ids)
 
 

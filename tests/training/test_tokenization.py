@@ -96,6 +96,32 @@ def test_a_template_that_does_not_preserve_the_prompt_is_found(tokenizer):
     assert audit.dropped == {"template_not_prefix_preserving": 1}
 
 
+def test_an_answer_that_holds_an_end_token_does_not_train_and_the_first_such_row_is_named(tokenizer):
+    said = tokenizer.convert_ids_to_tokens(END)
+    rows = [pair(Response(f"one{said}two"), Response("b")), pair(Response(f"one{said}two"), Response("c"))]
+    _, audit = encode(tokenizer, [*rows, pair(Response("a"), Response("b"))])
+    assert (audit.kept, dict(audit.dropped), audit.examples) == (
+        1,
+        {"end_token_inside": 2},
+        {"end_token_inside": rows[0].pair_id},
+    )
+
+
+def test_an_answer_without_a_token_to_score_does_not_train(tokenizer):
+    empty = Response("", "stop", (END,), template_digest(tokenizer))
+    _, audit = encode(tokenizer, [pair(empty, Response("b"))])
+    assert dict(audit.dropped) == {"no_scored_token": 1}
+
+
+def test_a_template_that_fails_or_writes_no_end_costs_the_row_and_not_the_run(tokenizer):
+    broken, endless = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    broken.chat_template = "{{ raise_exception('no') }}"
+    endless.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for changed, reason in ((broken, "template_error"), (endless, "no_end_token")):
+        _, audit = encode(changed, [pair(Response("a"), Response("b"))])
+        assert dict(audit.dropped) == {reason: 1}
+
+
 @pytest.mark.parametrize("reason", ["two_begin_tokens", "two_end_tokens"])
 def test_a_template_that_doubles_the_first_or_the_last_token_is_found_out(tokenizer, reason):
     doubled = copy.deepcopy(tokenizer)
