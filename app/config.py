@@ -38,7 +38,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which weights the loop starts from and which it is held against."""
 
-    sft: str = Field("embedded", description="The SFT checkpoint: `embedded`, a local folder or a hub id.")
+    sft: str = Field(
+        "embedded", description="The SFT checkpoint: `embedded`, a folder, a hub id or a model of the home."
+    )
     start: Literal["champion", "sft"] = Field("champion", description="Where the policy starts.")
     reference_model: Literal["champion", "sft"] = Field("champion", description="The frozen reference.")
 
@@ -280,7 +282,7 @@ class TrainSection(Section):
     learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of AdamW; null: the usual one of such a run."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up, to zero.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")

@@ -82,12 +82,17 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
     Args:
         home: where the artifact is kept.
         ledger: where it is registered.
-        sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, or a hub id.
+        sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, a hub id, or the id of a model of this home,
+            which keeps its lineage: what an `sft` run made.
 
     Raises:
         ModelError: the folder has only pickled weights, no chat template, or cannot be read, loaded or rendered with.
     """
     _quiet_libraries()
+    with ledger.read() as session:
+        trained = session.get(ModelRow, sft)
+    if trained is not None:
+        return trained
     known = _known_source(ledger, sft)
     if known is not None and home.artifact("models", known.model_id).exists():
         return known
@@ -107,16 +112,16 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
 
 
 def check_descent(ledger: Ledger, model_id: str, sft: ModelRow, *, deployment: str) -> None:
-    """Refuse a champion that descends from another SFT checkpoint than the recipe names.
+    """Refuse a champion that does not descend from the SFT checkpoint that the recipe names.
 
     Raises:
         ModelError: names both checkpoints.
     """
     with ledger.read() as session:
         row = session.get_one(ModelRow, model_id)
-        while row.parent_id is not None:
+        while row.model_id != sft.model_id and row.parent_id is not None:
             row = session.get_one(ModelRow, row.parent_id)
-    found, wanted = row.manifest.get("source"), sft.manifest.get("source")
+    found, wanted = (model.manifest.get("source") or model.model_id for model in (row, sft))
     if row.model_id != sft.model_id and found != wanted:
         msg = f"the champion `{model_id}` of deployment `{deployment}` descends from the SFT checkpoint `{found}`, and model.sft is `{wanted}`\n\nHint: give this model a deployment of its own with serving.deployment, or name the checkpoint that the champion comes from."
         raise ModelError(msg)
@@ -441,7 +446,7 @@ def _copy_checkpoint(sft: str, folder: Path) -> str:
             shutil.copyfile(path, folder / inside)
         return str(Path(sft).resolve())
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
-        msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, or a hub id such as `owner/name`."
+        msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, a hub id such as `owner/name`, or the id of a model of this home."
         raise ModelError(msg)
     from huggingface_hub import snapshot_download
 

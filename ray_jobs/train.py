@@ -9,6 +9,7 @@ baselines, with intervals by prompt cluster.
 
 import argparse
 import dataclasses
+import math
 import sys
 import threading
 import uuid
@@ -34,8 +35,8 @@ from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
 from app.training.held_out import Measures
 from app.training.judgements import balanced
-from app.training.objectives import load_objective
-from app.training.snapshots import TrainFile, check_binding, count_steps, epoch_files, train_files
+from app.training.objectives import BALANCED, load_objective
+from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
@@ -43,7 +44,6 @@ from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
     RESULT,
-    SHUFFLE_WINDOW,
     TrainTask,
     epoch_dataset,
     held_out_measures,
@@ -138,7 +138,9 @@ def train(
     counts = _check_snapshot(home, snapshot, recipe, start, reference)
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
     weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
-    options = balanced(recipe.train.options, **weights)
+    asked = load_objective(recipe.train.objective, recipe.train.options).options
+    unset = {name: None for name in BALANCED if asked.get(name, 0) is None}
+    options = balanced({**recipe.train.options, **unset}, **weights)
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
     total_steps = min(steps, section.max_steps or steps)
@@ -204,8 +206,10 @@ def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int
 
     if section.epochs is not None:
         return section.epochs, steps_of(section.epochs)
-    fewest, epochs = section.min_steps or _FEWEST_STEPS, 1
-    while 0 < (steps := steps_of(epochs)) < fewest:
+    fewest, once = section.min_steps or _FEWEST_STEPS, steps_of(1)
+    # Epochs follow one another without a cut, so many of them have at most as many steps each as one alone.
+    epochs = math.ceil(fewest / once)
+    while (steps := steps_of(epochs)) < fewest:
         epochs += 1
     return epochs, steps
 
@@ -360,7 +364,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
 def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
     """Say whether the run learned, by the measure of its objective; None where too little was held out."""
     pairs, answers = measures.pairs, measures.answers
-    if any(answer.start_logp is not None for answer in answers):
+    if answers and not pairs and answers[0].start_logp is not None:
         return judge_likelihood(answers, level=0.95, seed=seed)
     if answers and len({pair.cluster for pair in pairs}) < FEW_CLUSTERS:
         return judge_answers(answers, level=0.95, seed=seed)
@@ -387,8 +391,12 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
                 status="running",
             )
             session.add(row)
-        elif (row.snapshot_id, _recipe_digest_of(row.recipe)) != (identity.snapshot_id, identity.recipe_digest):
-            msg = f"run `{identity.run_id}` exists with another snapshot or recipe\n\nHint: choose another --run, or leave it out."
+        elif (row.snapshot_id, row.reference_model_id, _recipe_digest_of(row.recipe)) != (
+            identity.snapshot_id,
+            reference.model_id,
+            identity.recipe_digest,
+        ):
+            msg = f"run `{identity.run_id}` exists with another snapshot, reference or recipe\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)
         row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
 

@@ -31,16 +31,15 @@ from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported
+from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
 from app.training.loop import Row, SingleWorker, Workers, make_optimizer, optimise
 from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, precomputed
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, own_attention
-from app.training.snapshots import TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
+from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
-SHUFFLE_WINDOW = 4096
 RESULT = "result.json"
 EXPORT = "export"
 _READ_BATCH = 256
@@ -156,10 +155,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
     model, measures = measure_exported(policy, held_out, **common)
-    if objective.unit == "good":
+    if objective.unit == "good" or (objective.unit == "pairs" and not objective.has_reference):
         start = load_model(home, task.start_model_id, dtype=section.dtype, device=device)
         before = measure(ScoringModel(start.model, backend=section.attention), held_out, **common)
-        measures = _with_start(measures, before)
+        measures = with_start(measures, before)
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
     _barrier(workers)
@@ -186,12 +185,6 @@ def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group],
         "canary_repetition": sum(repeated_share(a.text) for a in answers) / count,
         "canary_tokens": sum(len(a.token_ids) for a in answers) / count,
     }
-
-
-def _with_start(measures: Measures, before: Measures) -> Measures:
-    """Add what the model before training gave to the same answers."""
-    both = zip(measures.answers, before.answers, strict=True)
-    return Measures(measures.pairs, [replace(after, start_logp=start.logp) for after, start in both])
 
 
 def _reference(task: TrainTask, policy: ScoringModel, device: torch.device) -> Reference:

@@ -1,7 +1,9 @@
 """Did the model learn? One measure for each kind of objective, fixed beforehand, on what was held out.
 
 Pairs: reward accuracy. The lower bound (percentile bootstrap over prompt clusters) must exceed 50 % *and* the accuracy of
-both length-only rules on the same pairs. Margins of exactly zero are ties: they count half and are shown apart.
+both length-only rules on the same pairs. Margins of exactly zero are ties: they count half and are shown apart. What counts
+is what training added: the implicit reward of an objective with a reference begins at zero, and from that of one without
+(SimPO, ORPO, CPO) the start model's is taken away, else a model that learned nothing could pass or one that did could not.
 
 Answers that were judged one by one: the same, for a liked and a disliked answer drawn at random (the area under the
 ROC curve). Where pairs of ten prompt clusters are held out as well, their accuracy is the measure: two answers to one
@@ -27,15 +29,15 @@ _SAME_LENGTH = 0.2
 
 
 class Measured(Protocol):
-    """A held-out pair with its reward margin."""
+    """A held-out pair with what training added to its reward margin."""
 
     @property
     def cluster(self) -> str:
         """Prompt cluster."""
 
     @property
-    def margin(self) -> float:
-        """Reward of chosen less reward of rejected."""
+    def gain(self) -> float:
+        """Reward of chosen less reward of rejected, less the same before training."""
 
     @property
     def chosen_tokens(self) -> int:
@@ -44,6 +46,14 @@ class Measured(Protocol):
     @property
     def rejected_tokens(self) -> int:
         """Length of the rejected answer."""
+
+    @property
+    def chosen_logp(self) -> float | None:
+        """Log-probability of the chosen answer."""
+
+    @property
+    def before_logp(self) -> float | None:
+        """The same under the reference or the start model."""
 
 
 class JudgedAnswer(Protocol):
@@ -116,6 +126,10 @@ class Learning:
     level: float
     metric: str = "held-out reward accuracy"
     by_length: tuple["LengthBucket", ...] = ()
+    chosen_change: float | None = None
+    """Mean change of a chosen answer's log-probability, in nats a token."""
+    chosen_fell: float | None = None
+    """Share of chosen answers that became less likely."""
 
     @property
     def learned(self) -> bool:
@@ -125,12 +139,18 @@ class Learning:
     def table(self) -> str:
         """Return the figures as text."""
         verdict = "LEARNED" if self.learned else "NOT LEARNED"
+        moved = (
+            ""
+            if self.chosen_change is None
+            else f"\n  chosen answers {self.chosen_change:+.3f} nats a token, {self.chosen_fell:.1%} became less likely"
+        )
         return (
             f"{verdict}: {self.metric} {self.accuracy:.1%} "
             f"[{self.low:.1%}, {self.high:.1%}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
             f"  pairs {self.pairs}, ties {self.ties:.1%}\n"
             f"  chance 50.0%, prefer the shorter {self.shorter:.1%}, prefer the longer {self.longer:.1%}"
             + "".join(f"\n  {bucket.line()}" for bucket in self.by_length)
+            + moved
         )
 
 
@@ -162,14 +182,19 @@ class Likelihood:
 
 
 def reward_accuracy(measures: Sequence[Measured], *, resampling: Resampling) -> Estimate:
-    """Return the share of pairs whose chosen answer has the higher reward, ties as half, resampled by prompt cluster."""
-    margins = np.array([m.margin for m in measures])
-    return mean_rate((0.5 * (1 + np.sign(margins))).tolist(), [m.cluster for m in measures], resampling=resampling)
+    """Return the share of pairs whose chosen answer gained the more reward, ties as half, resampled by prompt cluster."""
+    gains = np.array([m.gain for m in measures])
+    return mean_rate((0.5 * (1 + np.sign(gains))).tolist(), [m.cluster for m in measures], resampling=resampling)
 
 
 def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> Learning:
-    """Compare the margins of at least one held-out pair with chance and with their lengths."""
-    margins = np.array([m.margin for m in measures])
+    """Compare what training added to the margins of at least one held-out pair with chance and with their lengths."""
+    gains = np.array([m.gain for m in measures])
+    moved = [
+        (m.chosen_logp - m.before_logp) / m.chosen_tokens
+        for m in measures
+        if m.chosen_logp is not None and m.before_logp is not None
+    ]
     gaps = np.array([m.rejected_tokens - m.chosen_tokens for m in measures])
     shorter = float(0.5 * (1 + np.sign(gaps)).mean())
     accuracy = reward_accuracy(measures, resampling=Resampling(level=level, seed=seed))
@@ -182,7 +207,7 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
         accuracy=accuracy.value,
         low=accuracy.low,
         high=accuracy.high,
-        ties=float((margins == 0).mean()),
+        ties=float((gains == 0).mean()),
         shorter=shorter,
         longer=1 - shorter,
         pairs=accuracy.n,
@@ -190,11 +215,13 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
         level=level,
         by_length=tuple(
             LengthBucket(
-                name, int(side.sum()), float(0.5 * (1 + np.sign(margins[side])).mean()), float(margins[side].mean())
+                name, int(side.sum()), float(0.5 * (1 + np.sign(gains[side])).mean()), float(gains[side].mean())
             )
             for name, side in sides.items()
             if side.any()
         ),
+        chosen_change=float(np.mean(moved)) if moved else None,
+        chosen_fell=float(np.mean(np.array(moved) < 0)) if moved else None,
     )
 
 

@@ -121,10 +121,8 @@ def _restore(tensors: dict[str, torch.Tensor], policy: ScoringModel, optimizer: 
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter/{name}"])
         if name in states:  # none before the first update
-            optimizer.state[parameter] = {
-                field: tensor if field == "step" else tensor.to(parameter.device)
-                for field, tensor in states[name].items()
-            }
+            # The count of steps too: a fused optimizer wants it beside its moments.
+            optimizer.state[parameter] = {field: tensor.to(parameter.device) for field, tensor in states[name].items()}
 
 
 def _kind(identity: RunIdentity) -> str:

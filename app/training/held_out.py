@@ -6,7 +6,7 @@ what was learned or whether it is enough.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,17 @@ class PairMeasure:
     """None where the objective judges answers one by one."""
     chosen_tokens: int
     rejected_tokens: int
+    chosen_logp: float | None = None
+    """Log-probability of the chosen answer, in nats."""
+    before_logp: float | None = None
+    """The same under the reference, or under the model that training began with where the objective has no reference."""
+    before_margin: float = 0.0
+    """Margin of the model that training began with where the objective has no reference; with one, a margin begins at 0."""
+
+    @property
+    def gain(self) -> float:
+        """What training added to the margin."""
+        return self.margin - self.before_margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,10 @@ def measure(
                     losses if objective.unit == "pairs" else itertools.repeat(None),
                     batch.token_counts[batch.chosen].tolist(),
                     batch.token_counts[batch.rejected].tolist(),
+                    scored.policy_logps[batch.chosen].tolist(),
+                    itertools.repeat(None)
+                    if scored.reference_logps is None
+                    else scored.reference_logps[batch.chosen].tolist(),
                 )
             if objective.unit != "pairs":
                 answers += map(
@@ -106,6 +121,18 @@ def measure(
         sorted(workers.gather(pairs), key=lambda row: row.pair_id),
         sorted(workers.gather(answers), key=lambda row: (row.pair_id, not row.desirable)),
     )
+
+
+def with_start(measures: Measures, before: Measures) -> Measures:
+    """Add what the model that training began with gave to the same pairs and answers, where there is no reference."""
+    pairs = [
+        replace(after, before_logp=start.chosen_logp, before_margin=start.margin)
+        for after, start in zip(measures.pairs, before.pairs, strict=True)
+    ]
+    answers = [
+        replace(after, start_logp=start.logp) for after, start in zip(measures.answers, before.answers, strict=True)
+    ]
+    return Measures(pairs, answers)
 
 
 def measure_exported(

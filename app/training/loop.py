@@ -105,11 +105,12 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, sc
 
 
 def make_optimizer(policy: ScoringModel, learning_rate: float, *, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that train, with this peak learning rate."""
+    """Return AdamW over the parameters that train, with this peak learning rate; only matrices decay, as everywhere."""
+    parameters = list(trainable(policy).values())
+    groups = ([p for p in parameters if p.ndim > 1], weight_decay), ([p for p in parameters if p.ndim <= 1], 0.0)
     return torch.optim.AdamW(
-        trainable(policy).values(),
+        [{"params": members, "weight_decay": decay} for members, decay in groups if members],
         lr=learning_rate,
-        weight_decay=weight_decay,
         betas=(0.9, 0.999),
         fused=True,  # one pass over weights and moments instead of ten
     )

@@ -34,7 +34,7 @@ from torch.nn.functional import logsigmoid, relu
 from app.errors import RecipeError
 
 BALANCED = frozenset({"desirable_weight", "undesirable_weight"})
-"""Options without a default that the data gives where a recipe does not."""
+"""Options without a default that the data gives where a recipe does not, see `judgements.balanced`."""
 _ALMOST_CERTAIN = -1e-7
 """Largest mean log-probability of a token that has finite odds in fp32."""
 
@@ -72,6 +72,7 @@ class Objective:
     name: str
     function: Callable[..., Losses]
     options: Mapping[str, Any]
+    """By the names of its parameters; None for weights that are to be balanced."""
     needs: frozenset[str]
     """The names that it asks for."""
 
@@ -108,8 +109,12 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     if unknown := sorted(bound.keys() - taken):
         msg = f"objective `{name}` has no option {', '.join(f'`{key}`' for key in unknown)}\n\nHint: its options are {', '.join(sorted(taken)) or 'none'}."
         raise RecipeError(msg)
-    wanted = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} - BALANCED
-    if missing := sorted(wanted - bound.keys()):
+    required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    if len(BALANCED & required) > len(BALANCED & bound.keys()) > 0:
+        msg = f"objective `{name}` needs {' and '.join(f'`{key}`' for key in sorted(BALANCED))}, or neither: then they are balanced"
+        raise RecipeError(msg)
+    bound = {**dict.fromkeys(required & BALANCED), **bound}
+    if missing := sorted(required - bound.keys()):
         msg = f"objective `{name}` needs the option {', '.join(f'`{key}`' for key in missing)}, which has no default"
         raise RecipeError(msg)
     needs = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}

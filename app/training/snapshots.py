@@ -24,6 +24,9 @@ from app.training.tokenization import Group, Label, Preference
 
 Item = TypeVar("Item")
 
+SHUFFLE_WINDOW = 4096
+"""Rows that an epoch shuffles among each other as it streams them."""
+
 
 @dataclass(frozen=True)
 class Binding:

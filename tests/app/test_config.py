@@ -186,7 +186,7 @@ def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps
 
 
 def test_a_rate_far_from_the_usual_one_is_warned_of():
-    assert unusual_rate(None, 5e-7) == unusual_rate(5e-6, 5e-7) == unusual_rate(6e-8, 5e-7) == []
+    assert unusual_rate(None, 5e-7) == unusual_rate(4e-6, 5e-7) == unusual_rate(6e-8, 5e-7) == []
     (warning,) = unusual_rate(2e-5, 5e-7)
     assert warning.startswith("train.learning_rate = 2e-05 is far from 5e-07, the usual one of this objective")
     assert unusual_rate(1e-8, 5e-7)

@@ -1,5 +1,7 @@
 """LEARNED is said only where the lower bound beats chance and both length-only rules; ties are half and shown."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,26 @@ def test_margins_of_exactly_zero_count_half_and_are_shown():
     learning = judge_learning(measures(right=60, wrong=20, tied=20), level=0.95, seed=0)
     assert (learning.accuracy, learning.ties) == (0.7, 0.2)
     assert "ties 20.0%" in learning.table()
+
+
+def test_what_was_there_before_training_does_not_count_as_learned():
+    as_before = [replace(row, before_margin=row.margin) for row in measures(right=160, wrong=40)]
+    assert judge_learning(as_before, level=0.95, seed=0).ties == 1.0
+    turned = [replace(row, margin=-0.1, before_margin=-0.4) for row in measures(right=160, wrong=40)]
+    learning = judge_learning(turned, level=0.95, seed=0)
+    assert (learning.accuracy, learning.learned) == (1.0, True)
+    assert learning.by_length[0].margin == pytest.approx(0.3)
+
+
+def test_the_table_tells_whether_chosen_answers_became_less_likely():
+    rows = [
+        replace(row, chosen_logp=-20.0 - (i % 4), before_logp=-21.0)
+        for i, row in enumerate(measures(right=30, wrong=10))
+    ]
+    learning = judge_learning(rows, level=0.95, seed=0)
+    assert learning.chosen_fell == 0.5
+    assert "50.0% became less likely" in learning.table()
+    assert "became less likely" not in judge_learning(measures(right=30, wrong=10), level=0.95, seed=0).table()
 
 
 def test_answers_of_equal_length_say_nothing_for_either_length_rule():

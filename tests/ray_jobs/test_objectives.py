@@ -1,6 +1,7 @@
 """Objectives that do not learn from pairs against a reference, through `prepare` and the train job."""
 
 import io
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -10,10 +11,10 @@ import sqlalchemy as sa
 from rich.console import Console
 
 from app.config import PairSection, parse_recipe
-from app.errors import DataError
+from app.errors import DataError, ModelError
 from app.evaluation.learning import Learning, Likelihood
 from app.ledger import Ledger, RunStepRow
-from app.models import ensure_sft, load_model
+from app.models import check_descent, ensure_sft, load_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.storage import Home
@@ -22,10 +23,10 @@ from app.training.judgements import balanced, divide
 from app.training.loop import SingleWorker, make_optimizer, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed
-from app.training.snapshots import epoch_files, epoch_stream, read_groups, train_files
+from app.training.snapshots import SHUFFLE_WINDOW, epoch_files, epoch_stream, read_groups, train_files
 from ray_jobs.prepare import prepare
 from ray_jobs.train import train
-from ray_jobs.worker import SHUFFLE_WINDOW
+from ray_jobs.worker import held_out_measures
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -175,7 +176,11 @@ def test_kto_learns_from_pairs_and_lone_judgements_with_the_kl_of_the_whole_step
     )
     assert rows[0].metrics["kl"] == pytest.approx(0.0, abs=1e-4)
     assert rows[-1].metrics["kl"] != 0.0
-    assert all("canary_finished" in row.metrics for row in rows[1::2])
+    # A model of random weights goes on until its limit.
+    assert [row.metrics["canary_finished"] for row in rows[1::2]] == [0.0] * len(rows[1::2])
+    assert {row.metrics["canary_tokens"] for row in rows[1::2]} == {128}
+    assert all(0 <= row.metrics["canary_repetition"] <= 1 for row in rows[1::2])
+    assert "canary_finished" not in rows[0].metrics
     assert isinstance(result.learning, Learning)
     assert result.learning.pairs == manifest["splits"]["held_out"]["pairs"]
 
@@ -187,6 +192,22 @@ def test_imitation_is_measured_against_the_model_that_it_started_from(cluster, s
     assert rows[-1].metrics["loss"] < rows[0].metrics["loss"]
     assert isinstance(result.learning, Likelihood)
     assert result.learning.learned, result.learning.table()
+    # DPO on top of it: the start and the reference are what imitation made, and the lineage says so.
+    home, ledger, pairs, sft = stage
+    recipe = recipe_for(result.model.model_id, "dpo", learning_rate=1e-4)
+    prepared = prepare(home, ledger, recipe, pairs)
+    assert prepared.manifest["binding"]["reference_digest"] == result.model.digest
+    tuned = train(home, ledger, recipe, prepared.snapshot_id, run_id="dpo-on-sft")
+    with ledger.read() as session:
+        first = session.get_one(RunStepRow, ("dpo-on-sft", 1)).metrics["loss"]
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert tuned.model.parent_id == result.model.model_id
+    check_descent(ledger, tuned.model.model_id, ensure_sft(home, ledger, sft), deployment="any")
+    check_descent(ledger, tuned.model.model_id, result.model, deployment="any")
+    with pytest.raises(
+        ModelError, match=f"descends from the SFT checkpoint `.*`, and model.sft is `{tuned.model.model_id}`"
+    ):
+        check_descent(ledger, result.model.model_id, tuned.model, deployment="any")
 
 
 @pytest.mark.full
@@ -196,6 +217,8 @@ def test_other_objectives_train_in_the_job_as_in_one_process(cluster, stage, of_
     assert isinstance(result.learning, Learning)
     free = objective != "apo_zero_unpaired"
     assert (rows[0].metrics["chosen_fell"] is None) == free
+    assert all((row.before_margin != 0) == free for row in held_out_measures(stage[0], result.run_id).pairs)
+    assert result.learning.chosen_change is not None
 
 
 def test_a_snapshot_of_another_kind_of_objective_is_refused(cluster, stage):

@@ -26,10 +26,17 @@ from app.training.loop import SingleWorker, learning_rate_factor, make_optimizer
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed
 from app.training.scoring import ScoringModel
-from app.training.snapshots import Binding, epoch_files, epoch_stream, read_groups, train_files, write_training_snapshot
+from app.training.snapshots import (
+    SHUFFLE_WINDOW,
+    Binding,
+    epoch_files,
+    epoch_stream,
+    read_groups,
+    train_files,
+    write_training_snapshot,
+)
 from app.training.tokenization import Group, Preference
 from ray_jobs.train import _cause, train
-from ray_jobs.worker import SHUFFLE_WINDOW
 from tests.ray_jobs.test_trackers import events_of
 
 
@@ -176,6 +183,18 @@ def test_two_workers_train_like_one_process(unbroken, stage):
         assert ours["pairs"] == reference.pairs
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("reference", ["adapter_off", "sharded"])
+def test_a_reference_beside_or_under_the_policy_trains_like_scores_of_the_snapshot(unbroken, stage, reference):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft, reference=reference, held_out_every=4)
+    result = train(home, ledger, recipe, snapshot_id, run_id=reference)
+    expected = [step["loss"] for step in steps_of(ledger, "unbroken")]
+    assert [step["loss"] for step in steps_of(ledger, reference)] == pytest.approx(expected, rel=1e-5)
+    assert result.learning.accuracy == unbroken.learning.accuracy
+    assert "held_out_loss" in steps_of(ledger, reference)[3]
+
+
 def test_the_first_loss_is_ln_2_and_the_run_is_recorded(unbroken, stage):
     home, ledger, model, _, _ = stage
     assert steps_of(ledger, "unbroken")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -269,7 +288,7 @@ def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):
 
 def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
-    with pytest.raises(TrainingError, match="exists with another snapshot or recipe"):
+    with pytest.raises(TrainingError, match="exists with another snapshot, reference or recipe"):
         train(home, ledger, recipe_for(sft, options={"beta": 0.2}), snapshot_id, run_id="unbroken")
 
 
