@@ -213,7 +213,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = 3,
     model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
-    expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 below it.")] = [],  # noqa: B006
+    expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 where it is missed.")] = [],  # noqa: B006
     into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,
 ) -> None:
     """Measure speed as ratios on the same work in the same run: against TRL, or without one technique at a time."""

@@ -40,7 +40,7 @@ class Arm:
     order: Literal["sequential", "group_by_length"] = "sequential"
     """`sequential` is the random order in which the rows of the work lie."""
     checkpointing: bool = False
-    """Whether activations are recomputed in backward, as TRL does by default."""
+    """Whether activations are recomputed in backward: TRL does so by default, ours does not."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def tokens_of(shapes: Iterable[tuple[int, int]]) -> int:
 def run_ours(work: Work, arm: Arm) -> Measured:
     """Do the work with the loop that every train worker runs, without Ray."""
     torch.set_num_threads(work.threads)
-    section, device = section_of(work), this_device()
+    device = this_device()
+    section = section_of(work).model_copy(update={"activation_checkpointing": arm.checkpointing})
     home = Home.at(work.home_uri)
     start = load_model(home, work.model_id, dtype="float32" if work.adapter == "full" else work.dtype, device=device)
     groups = list(work.groups)

@@ -66,7 +66,7 @@ def operations(shape: ModelShape, work: Work, arm: Arm, measured: Measured, *, c
             attended=sum(map(_attended, work.groups)),
         )
         # Beyond 2048 rows of answers in one forward our head computes its logits again, which is left out.
-        return float(backbone * (2 + backward) + head * (2 + backward) + attention * 4)
+        return float(backbone * (2 + backward + again) + head * (2 + backward) + attention * (4 + again))
     answered = sum(len(g.responses[i]) for g in work.groups for p in g.pairs for i in (p.chosen, p.rejected))
 
     def forward(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:

@@ -4,28 +4,32 @@ Ours is `prefloop train` on a recipe: Ray, tokenisation, the reference pass, tra
 TRL's is `app.bench.trl_script`: tokenisation, training with the reference in each step, `save_model`.
 """
 
+import itertools
 import json
+import math
 import shutil
 import statistics
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
 import yaml
 
-from app.bench.arms import Measured, section_of, this_device
-from app.bench.runner import CHILD, watched
-from app.bench.train import BATCH, Ratio, Say
+from app.bench.arms import Arm, section_of, this_device
+from app.bench.runner import CHILD, run_arm, watched
+from app.bench.train import BATCH, Ratio, Say, Share
 from app.bench.work import Work, plain_messages
 from app.config import PairSection
 from app.ledger import Ledger, RunRow, RunStepRow
 from app.preferences.snapshots import read_pairs, write_pair_snapshot
 from app.schemas import Pair, Split
 from app.storage import HOME_VARIABLE, Home
+from app.training.snapshots import SHUFFLE_WINDOW, epoch_files, epoch_stream, read_groups, train_files
+from app.training.tokenization import Group
 
 _NOTHING_HELD_OUT = 1e-6
 
@@ -39,9 +43,9 @@ class Headline:
     rival_seconds: tuple[float, ...]
     peak_pss: int
     rival_peak_pss: int
-    ray_overhead: float
-    """Seconds for a token in a step of the job over those of the bare loop, less one, but for first and last steps."""
-    data_wait: float
+    ray_overhead: Share
+    """Seconds of the job's steps over those of the bare loop on the same rows, less one, but for the first two and the last."""
+    data_wait: Share
     """Share of its steps in which the job waited for rows."""
 
     @property
@@ -49,23 +53,22 @@ class Headline:
         """TRL over ours."""
         return Ratio("headline", tuple(t / o for o, t in zip(self.seconds, self.rival_seconds, strict=True)))
 
-    def lines(self, expected: float | None) -> list[str]:
+    def lines(self, expected: Mapping[str, float]) -> list[str]:
         """Return the report."""
         ours, theirs = (", ".join(f"{s:.0f}" for s in found) for found in (self.seconds, self.rival_seconds))
         return [
             f"headline: {self.pairs} pairs, snapshot to exported model: prefloop {ours} s (peak {self.peak_pss / 2**30:.2f} GiB with Ray), TRL {theirs} s (peak {self.rival_peak_pss / 2**30:.2f} GiB)",
-            f"Ray Train and Ray Data: {self.ray_overhead:+.1%} over the bare loop; waiting for rows {self.data_wait:.2%} of the steps",
-            self.ratio.line(expected),
+            *(share.line(expected.get(share.name)) for share in (self.ray_overhead, self.data_wait)),
+            self.ratio.line(expected.get(self.ratio.name)),
         ]
 
 
-def compare_headline(work: Work, pairs: Sequence[Pair], bare: Sequence[Measured], *, rounds: int, say: Say) -> Headline:
+def compare_headline(work: Work, pairs: Sequence[Pair], *, rounds: int, say: Say) -> Headline:
     """Time both from the snapshot to the model, round by round.
 
     Args:
         work: what the arms did.
         pairs: its pairs as text.
-        bare: what our loop without Ray measured with cached references on the same pairs.
         rounds: how often.
         say: told of each.
     """
@@ -76,7 +79,7 @@ def compare_headline(work: Work, pairs: Sequence[Pair], bare: Sequence[Measured]
         home, ledger, pairs, section=section, quarantine=(), counts={}, origin={"kind": "import"}
     )
     rows = [plain_messages(pair) for pair in read_pairs(home, snapshot.snapshot_id) if pair.split == Split.TRAIN]
-    ours, theirs, runs = [], [], []
+    ours, theirs, runs, overheads, waits = [], [], [], [], []
     with tempfile.TemporaryDirectory(prefix="prefloop-headline-") as scratch:
         recipe, data = Path(scratch, "bench.yaml"), Path(scratch, "work.json")
         recipe.write_text(yaml.safe_dump(_recipe(work, snapshot.snapshot_id)), encoding="utf-8")
@@ -88,21 +91,23 @@ def compare_headline(work: Work, pairs: Sequence[Pair], bare: Sequence[Measured]
             environment = {**CHILD, HOME_VARIABLE: home.uri}
             ours.append(watched(command, name="prefloop train", environment=environment))
             say(f"headline, round {number + 1} of {rounds}: prefloop train: {ours[-1][0]:.1f} s")
+            order, seconds, wait = _job_steps(home, ledger, runs[-1])
+            bare = run_arm(replace(work, groups=order), Arm("bare", "prefloop", "cached", work.dtype, batch=0))
+            overheads.append(sum(seconds[2:-1]) / sum(bare.step_seconds[2:-1]) - 1)
+            waits.append(wait)
             command = [sys.executable, "-m", "app.bench.trl_script", str(data), str(Path(scratch, f"model-{number}"))]
             theirs.append(watched(command, name="TRL script", environment=CHILD))
             say(f"headline, round {number + 1} of {rounds}: TRL: {theirs[-1][0]:.1f} s")
-    per_token, wait = _job_steps(ledger, runs)
     _clean(home, ledger, runs)
     ledger.close()
-    bare_per_token = statistics.median(sum(m.step_seconds[1:-1]) / sum(m.step_tokens[1:-1]) for m in bare)
     return Headline(
         pairs=len(rows),
         seconds=tuple(s for s, _ in ours),
         rival_seconds=tuple(s for s, _ in theirs),
         peak_pss=max(p for _, p in ours),
         rival_peak_pss=max(p for _, p in theirs),
-        ray_overhead=per_token / bare_per_token - 1,
-        data_wait=wait,
+        ray_overhead=Share("ray overhead", statistics.median(overheads)),
+        data_wait=Share("data wait", statistics.median(waits)),
     )
 
 
@@ -140,33 +145,30 @@ def _script_settings(work: Work, rows: Sequence[dict[str, object]], model: str) 
             "learning_rate": work.learning_rate,
             "lr_scheduler_type": "constant",
             "num_train_epochs": 1,
-            "gradient_checkpointing": False,
         },
     }
 
 
-def _job_steps(ledger: Ledger, runs: Sequence[str]) -> tuple[float, float]:
-    """Return seconds for a token from report to report, and the share of waiting for rows, over the steps of the runs.
-
-    First steps are left out because nothing was reported before them, last ones because a checkpoint is written first.
-    """
-    found = sa.select(RunStepRow).where(RunStepRow.run_id.in_(runs)).order_by(RunStepRow.run_id, RunStepRow.step)
+def _job_steps(home: Home, ledger: Ledger, run_id: str) -> tuple[tuple[Group, ...], list[float], float]:
+    """Return the groups of a run in its order, seconds from report to report (of the first, NaN), and the share of waiting."""
     with ledger.read() as session:
+        snapshot_id = session.get_one(RunRow, run_id).snapshot_id
+        found = sa.select(RunStepRow).where(RunStepRow.run_id == run_id).order_by(RunStepRow.step)
         rows = session.scalars(found).all()
-    seconds, tokens, waited, worked = 0.0, 0, 0.0, 0.0
-    for before, after, later in zip(rows, rows[1:], rows[2:], strict=False):
-        if before.run_id == after.run_id == later.run_id:
-            seconds += (after.created_at - before.created_at).total_seconds()
-            tokens += after.metrics["tokens"]
-            waited += after.metrics["wait_seconds"]
-            worked += after.metrics["seconds"]
-    return seconds / tokens, waited / (waited + worked)
+    snapshot = home.artifact("training", str(snapshot_id))
+    groups = read_groups(snapshot, Split.TRAIN)
+    files = epoch_files(train_files(snapshot), seed=0, epoch=0)
+    read = (groups[file.first + i] for file in files for i in range(len(file.judgements)))
+    order = tuple(epoch_stream(read, files, seed=0, epoch=0, window=SHUFFLE_WINDOW))
+    seconds = [(after.created_at - before.created_at).total_seconds() for before, after in itertools.pairwise(rows)]
+    waited, worked = (sum(row.metrics[key] for row in rows[2:-1]) for key in ("wait_seconds", "seconds"))
+    return order, [math.nan, *seconds], waited / (waited + worked)
 
 
 def _clean(home: Home, ledger: Ledger, runs: Sequence[str]) -> None:
     """Remove what the runs left in the home of benchmarks: some gigabytes each, and one model where all are the same."""
     with ledger.read() as session:
-        models = session.scalars(sa.select(RunRow.output_model_id.distinct()).where(RunRow.run_id.in_(runs))).all()
+        models = session.scalars(sa.select(RunRow.output_model_id).where(RunRow.run_id.in_(runs)).distinct()).all()
     for kind, names in (("runs", runs), ("models", [model for model in models if model])):
         for name in names:
             shutil.rmtree(home.local(kind, name))

@@ -8,8 +8,10 @@ same optimizer, clipping and type, one after the other in every round:
     steady     a token of a pair in the cached arms, without the pass and without the first step
     headline   wall-clock from a pair snapshot to an exported model: `prefloop train` (Ray and all) and a TRL script
 
-Activation checkpointing is off on both sides; TRL has it on by default, which saves memory and costs time, so one more arm
-shows that. Ratios count only where one fp32 step of both gives the same loss and gradient.
+and one of bytes, `memory`: the peaks of the online arms.
+
+Activations are kept on both sides. TRL recomputes them by default, which saves memory and costs operations, so one round
+does that too: `as installed` (TRL recomputes, ours does not), `recomputing` (both do) and `memory, recomputing`. Ratios count only where one fp32 step of both gives the same loss and gradient.
 """
 
 import itertools
@@ -47,7 +49,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of TRL over ours, in each round."""
+    """Seconds (or bytes) of TRL over ours, in each round."""
 
     name: str
     rounds: tuple[float, ...]
@@ -64,6 +66,23 @@ class Ratio:
         told = "" if expected is None else f"  {'ok' if self.median >= expected else 'MISSED'}: {expected:g} expected"
         by = "" if self.predicted is None else f"  by operations {self.predicted:.2f}"
         return f"{self.name:<27} {self.median:5.2f}x  [{min(self.rounds):.2f}, {max(self.rounds):.2f}]{by}{told}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of our time that is to be small."""
+
+    name: str
+    value: float
+
+    def line(self, allowed: float | None) -> str:
+        """Say it in one line, against what is allowed."""
+        told = (
+            ""
+            if allowed is None
+            else f"  {'ok' if self.value <= allowed else 'MISSED'}: at most {allowed:.1%} expected"
+        )
+        return f"{self.name:<27} {self.value:6.2%}{told}"
 
 
 @dataclass(frozen=True)
@@ -145,10 +164,15 @@ def compare_trainers(
             measured[arm.name] += (found,)
             say(f"round {number + 1} of {rounds}: {arm.name}: {found.total:.1f} s")
         _check_steps(measured["prefloop online"][-1], measured["trl online"][-1])
-    untouched = replace(default, name="trl, checkpointing", checkpointing=True)
-    measured[untouched.name] = (run_arm(work, untouched),)
+    recomputing = (
+        replace(ours, name="prefloop, recomputing", checkpointing=True),
+        replace(default, name="trl, recomputing", checkpointing=True),
+    )
+    for arm in recomputing:
+        measured[arm.name] = (run_arm(work, arm),)
+        say(f"{arm.name}: {measured[arm.name][0].total:.1f} s")
     compact = this_device().type == "cuda"
-    everyone = (*arms, untouched)
+    everyone = (*arms, *recomputing)
     costs = {a.name: operations(shape, work, a, measured[a.name][0], compact=compact) for a in everyone}
     return Comparison(
         title=title,
@@ -193,8 +217,9 @@ def _tuned(work: Work, say: Say) -> Arm:
 
 
 def _ratios(measured: Mapping[str, Sequence[Measured]], costs: Mapping[str, float]) -> tuple[Ratio, ...]:
-    online = zip(measured["prefloop online"], measured["trl online"], strict=True)
+    online = list(zip(measured["prefloop online"], measured["trl online"], strict=True))
     cached = list(zip(measured["prefloop cached"], measured["trl cached, tuned"], strict=True))
+    (again,), (recomputing,) = measured["prefloop, recomputing"], measured["trl, recomputing"]
     by_online = costs["trl online"] / costs["prefloop online"]
     by_cached = costs["trl cached, tuned"] / costs["prefloop cached"]
     return (
@@ -202,6 +227,14 @@ def _ratios(measured: Mapping[str, Sequence[Measured]], costs: Mapping[str, floa
         Ratio("cached", tuple(trl.total / ours.total for ours, trl in cached), by_cached),
         Ratio("cached, 2 epochs, computed", tuple(_two_epochs(trl) / _two_epochs(ours) for ours, trl in cached)),
         Ratio("steady", tuple(trl.steady / ours.steady for ours, trl in cached)),
+        Ratio("as installed", (recomputing.total / measured["prefloop online"][-1].total,)),
+        Ratio(
+            "recomputing",
+            (recomputing.total / again.total,),
+            costs["trl, recomputing"] / costs["prefloop, recomputing"],
+        ),
+        Ratio("memory", tuple(trl.peak_pss / ours.peak_pss for ours, trl in online)),
+        Ratio("memory, recomputing", (recomputing.peak_pss / again.peak_pss,)),
     )
 
 

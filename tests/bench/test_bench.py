@@ -13,7 +13,7 @@ from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
 from app.bench.runner import watched
-from app.bench.train import Comparison, Ratio, _check_steps, _tuned, compare_trainers
+from app.bench.train import Comparison, Ratio, Share, _check_steps, _tuned, compare_trainers
 from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import DataError, RecipeError, TrainingError
 from app.ledger import Ledger
@@ -147,6 +147,10 @@ def test_operations_are_counted_by_hand(home, model_id, work):
     assert operations(shape, one, ONLINE, none, compact=False) == 4 * (
         2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended
     )
+    recomputed = operations(shape, one, replace(ONLINE, checkpointing=True), none, compact=False)
+    assert (
+        recomputed == operations(shape, one, ONLINE, none, compact=False) + 2 * shape.backbone * 7 + 4 * 64 * attended
+    )
     padded = replace(none, shapes=((2, 5),))
     counted = 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
     assert operations(shape, one, TRL, padded, compact=False) == counted
@@ -186,6 +190,12 @@ def test_too_few_pairs_are_told(home, model_id, data):
         read_work(data, loaded, max_length=64, pairs=48, batch_pairs=8)
 
 
+def test_a_share_is_held_against_an_upper_limit():
+    assert Share("data wait", 0.004).line(0.01).endswith("0.40%  ok: at most 1.0% expected")
+    assert "MISSED" in Share("ray overhead", 0.06).line(0.05)
+    assert Share("ray overhead", -0.02).line(None).endswith("-2.00%")
+
+
 def test_a_comparison_tells_medians_ranges_and_what_was_missed():
     ratio = Ratio("online", (3.0, 2.0, 4.0), predicted=2.5)
     assert ratio.median == 3.0
@@ -210,14 +220,14 @@ def test_an_arm_that_fails_is_told_with_its_last_words():
 
 
 def test_the_memory_of_an_arm_is_that_of_its_whole_family():
-    hold = "import time; held = bytearray(b'x') * (64 * 2**20); time.sleep(1.5)"
+    hold = "import time; held = bytearray(b'x') * (64 * 2**20); time.sleep(5)"
     command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
     _, peak = watched(["python3", "-c", command], name="arm", environment={})
     assert 64 * 2**20 < peak < 128 * 2**20
 
 
 def settings_of(data, tiny_model, **changed):
-    return BenchSettings(data, 24, 64, "float32", "full", None, None, 1, str(tiny_model), 64) if not changed else replace(
+    return BenchSettings(data, 32, 64, "float32", "full", None, None, 1, str(tiny_model), 64) if not changed else replace(
         settings_of(data, tiny_model), **changed
     )  # fmt: skip
 
@@ -284,18 +294,28 @@ def test_cut_prompts_have_no_headline(home, data, tiny_model):
 
 
 def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
-    with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 3 steps of 8 pairs.*\n\nHint: at least 24"):
+    with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 4 steps of 8 pairs.*\n\nHint: at least 32"):
         bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], say=print, tell=print)
 
 
 @pytest.mark.full
 def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model):
     told = []
-    expect = ["online=1000", "cached=0.0001"]
+    expect = ["online=1000", "cached=0.0001", "data wait=1", "ray overhead=-1"]
     # Two rounds end in one model: their weights are the same.
     found = bench_train(home, settings_of(data, tiny_model, rounds=2), expect=expect, say=print, tell=told.append)
-    assert found.missed == ["online"]
-    assert any(line.startswith("headline: 24 pairs") for line in told)
-    assert set(found.tree["works"]["pairs"]["ratios"]) == {"online", "cached", "cached, 2 epochs, computed", "steady"}
-    assert found.tree["headline"]["data_wait"] < 1
+    assert found.missed == ["ray overhead", "online"]
+    assert any(line.startswith("headline: 32 pairs") for line in told)
+    ratios = found.tree["works"]["pairs"]["ratios"]
+    assert set(ratios) == {
+        "online",
+        "cached",
+        "cached, 2 epochs, computed",
+        "steady",
+        "as installed",
+        "recomputing",
+        "memory",
+        "memory, recomputing",
+    }
+    assert found.tree["headline"]["data_wait"]["value"] < 1
     assert json.loads(json.dumps(found.tree)) is not None
