@@ -51,7 +51,7 @@ class PairSection(Section):
     max_pairs_per_prompt: int = Field(4, ge=1, description="Cap of pairs kept for one prompt.")
     min_pairs: int = Field(1000, ge=1, description="Fewer pairs than this refuse to train.")
     held_out_fraction: float | None = Field(
-        None, gt=0, lt=0.9, description="Share of prompt clusters held out; null: 0.15, more where they are few."
+        None, gt=0, lt=0.9, description="Share of prompt clusters held out; null: 0.15, of a small import more."
     )
     since: datetime | None = Field(None, description="Only events from this time on; default: all.")
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity that joins prompts.")

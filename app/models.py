@@ -92,6 +92,7 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
     with ledger.read() as session:
         trained = session.get(ModelRow, sft)
     if trained is not None:
+        home.artifact("models", sft).manifest()
         return trained
     known = _known_source(ledger, sft)
     if known is not None and home.artifact("models", known.model_id).exists():

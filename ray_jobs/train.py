@@ -9,7 +9,6 @@ baselines, with intervals by prompt cluster.
 
 import argparse
 import dataclasses
-import math
 import sys
 import threading
 import uuid
@@ -35,7 +34,7 @@ from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
 from app.training.held_out import Measures
 from app.training.judgements import balanced
-from app.training.objectives import BALANCED, load_objective
+from app.training.objectives import load_objective
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, check_binding, count_steps, epoch_files, train_files
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
@@ -138,9 +137,8 @@ def train(
     counts = _check_snapshot(home, snapshot, recipe, start, reference)
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
     weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
-    asked = load_objective(recipe.train.objective, recipe.train.options).options
-    unset = {name: None for name in BALANCED if asked.get(name, 0) is None}
-    options = balanced({**recipe.train.options, **unset}, **weights)
+    objective = load_objective(recipe.train.objective, recipe.train.options)
+    options = balanced({**recipe.train.options, **objective.open_weights}, **weights)
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
     total_steps = min(steps, section.max_steps or steps)
@@ -207,8 +205,8 @@ def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int
     if section.epochs is not None:
         return section.epochs, steps_of(section.epochs)
     fewest, once = section.min_steps or _FEWEST_STEPS, steps_of(1)
-    # Epochs follow one another without a cut, so many of them have at most as many steps each as one alone.
-    epochs = math.ceil(fewest / once)
+    # Epochs follow one another without a cut; in another order one may have a step more.
+    epochs = max(1, fewest // (once + 1))
     while (steps := steps_of(epochs)) < fewest:
         epochs += 1
     return epochs, steps
@@ -391,10 +389,9 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
                 status="running",
             )
             session.add(row)
-        elif (row.snapshot_id, row.reference_model_id, _recipe_digest_of(row.recipe)) != (
-            identity.snapshot_id,
-            reference.model_id,
-            identity.recipe_digest,
+        elif (row.snapshot_id, _recipe_digest_of(row.recipe)) != (identity.snapshot_id, identity.recipe_digest) or (
+            row.reference_model_id != reference.model_id
+            and load_objective(recipe.train.objective, recipe.train.options).has_reference
         ):
             msg = f"run `{identity.run_id}` exists with another snapshot, reference or recipe\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)

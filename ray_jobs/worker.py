@@ -106,8 +106,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = device_of(ray.get_gpu_ids())
     workers: Workers = DistributedWorkers() if dist.is_initialized() and dist.get_world_size() > 1 else SingleWorker()
     home, section = task.home(), task.section
-    # Full fine-tuning keeps fp32 master weights; a frozen base may lie in the compute type.
-    start = load_model(home, task.start_model_id, dtype="float32" if section.adapter == "full" else section.dtype)
+    start = load_model(home, task.start_model_id, dtype=_dtype(section))
     objective = load_objective(section.objective, section.options)
     policy = build_policy(start, section, agreement="agreement" in objective.needs).to(device)
     reference = _reference(task, policy, device) if objective.has_reference else precomputed
@@ -155,13 +154,20 @@ def train_worker(settings: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
     model, measures = measure_exported(policy, held_out, **common)
-    if objective.unit == "good" or (objective.unit == "pairs" and not objective.has_reference):
-        start = load_model(home, task.start_model_id, dtype=section.dtype, device=device)
-        before = measure(ScoringModel(start.model, backend=section.attention), held_out, **common)
+    from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
+    if objective.unit == "good" or (objective.unit == "pairs" and not from_zero):
+        start = load_model(home, task.start_model_id, dtype=_dtype(section), device=device)
+        untrained = ScoringModel(start.model, agreement=policy.agreement, backend=section.attention)
+        before = measure(untrained, held_out, **common)
         measures = with_start(measures, before)
     if workers.rank == 0:
         _export(task, model, start.tokenizer, measures)
     _barrier(workers)
+
+
+def _dtype(section: TrainSection) -> str:
+    # Full fine-tuning keeps fp32 master weights; a frozen base may lie in the compute type.
+    return "float32" if section.adapter == "full" else section.dtype
 
 
 def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group], *, dtype: str) -> dict[str, float]:

@@ -18,6 +18,9 @@ from app.schemas import Pair, Source, Split, canonical_json, prompt_key
 
 _TRUST: Final = {source.value: rank for rank, source in enumerate(Source)}
 
+HELD_OUT = 0.15
+"""Share of prompt clusters: always the same for feedback, whose rounds are of any size, so that a prompt never changes sides."""
+
 
 def resolve(
     candidates: Iterable[Candidate], *, max_pairs_per_prompt: int | None = None
@@ -55,7 +58,7 @@ def assign_splits(pairs: Sequence[Pair], *, threshold: float, held_out_fraction:
     Args:
         pairs: rows without cluster.
         threshold: Jaccard similarity that joins prompts.
-        held_out_fraction: expected share of clusters that is held out; None: the usual one of so many.
+        held_out_fraction: expected share of clusters that is held out; None: see `usual_held_out`.
     """
     # System prompts are shared by many conversations and would make them all alike.
     spoken = [[m for m in pair.prompt if m.role not in ("system", "developer")] for pair in pairs]
@@ -68,13 +71,13 @@ def assign_splits(pairs: Sequence[Pair], *, threshold: float, held_out_fraction:
 
 
 def usual_held_out(clusters: int) -> float:
-    """Return the share that is held out where a recipe names none.
+    """Return the share of an import that is held out where nothing else is said.
 
     A hundred clusters if that is a third of them at most, and never less than 15 %: an interval of reward accuracy from
-    a hundred is some 10 points to either side, from thirty 17. It only falls as clusters are added, so a cluster moves
-    from held out to train and never back, and what an earlier model trained on is never held against a later one.
+    a hundred is some 10 points to either side, from thirty 17. It only falls as clusters are added, so in a file that
+    grows a cluster moves from held out to train and never back.
     """
-    return max(0.15, min(1 / 3, 100 / clusters))
+    return max(HELD_OUT, min(1 / 3, 100 / clusters))
 
 
 def split_of(cluster: str, held_out_fraction: float) -> Split:

@@ -21,7 +21,7 @@ from app.config import PairSection
 from app.errors import DataError, RecipeError
 from app.ledger import Ledger, SnapshotRow, now
 from app.preferences.candidates import Rejection
-from app.preferences.quality import assign_splits
+from app.preferences.quality import HELD_OUT, assign_splits
 from app.schemas import PAIR_SCHEMA, QUARANTINE_SCHEMA, SCHEMA_VERSION, Pair, canonical_json
 from app.storage import Home
 
@@ -64,9 +64,10 @@ def write_pair_snapshot(
     if not pairs:
         msg = f"no row can train: {', '.join(f'{n} {reason}' for reason, n in reasons.items()) or 'nothing was read'}"
         raise DataError(msg)
-    split = assign_splits(
-        pairs, threshold=section.near_duplicate_threshold, held_out_fraction=section.held_out_fraction
-    )
+    share = section.held_out_fraction
+    if share is None and origin["kind"] == "ledger":
+        share = HELD_OUT
+    split = assign_splits(pairs, threshold=section.near_duplicate_threshold, held_out_fraction=share)
     rows = sorted((p.to_row() for p in split), key=lambda row: str(row["pair_id"]))
     dropped = sorted((r.to_row() for r in quarantine), key=lambda row: (row["reason"], row["raw"], row["place"]))
     settings = section.model_dump(mode="json", exclude={"min_pairs"})

@@ -92,7 +92,8 @@ def _mean_loss(case: dict[str, Any]) -> float:
     section = parse_recipe({"name": "certify", "train": train}, place="case").train
     labels = case.get("labels")
     liked = sum(map(bool, labels or ()))
-    options = balanced(section.options, liked=liked, disliked=len(labels or ()) - liked)
+    asked = {**section.options, **load_objective(section.objective, section.options).open_weights}
+    options = balanced(asked, liked=liked, disliked=len(labels or ()) - liked)
     objective = load_objective(section.objective, options)
     policy = _Rows.read(case["policy"], "policy")
     reference = _Rows.read(case["reference"], "reference") if case.get("reference") is not None else None

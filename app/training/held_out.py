@@ -34,9 +34,9 @@ class PairMeasure:
     chosen_logp: float | None = None
     """Log-probability of the chosen answer, in nats."""
     before_logp: float | None = None
-    """The same under the reference, or under the model that training began with where the objective has no reference."""
+    """The same under the reference, or under the model that training began with where that is another."""
     before_margin: float = 0.0
-    """Margin of the model that training began with where the objective has no reference; with one, a margin begins at 0."""
+    """Margin of the model that training began with; 0 where it is the reference, and the margin what the policy added."""
 
     @property
     def gain(self) -> float:
@@ -124,7 +124,7 @@ def measure(
 
 
 def with_start(measures: Measures, before: Measures) -> Measures:
-    """Add what the model that training began with gave to the same pairs and answers, where there is no reference."""
+    """Add what the model that training began with gave to the same pairs and answers, where it is not the reference."""
     pairs = [
         replace(after, before_logp=start.chosen_logp, before_margin=start.margin)
         for after, start in zip(measures.pairs, before.pairs, strict=True)

@@ -70,14 +70,13 @@ def balanced(options: Mapping[str, Any], *, liked: float, disliked: float) -> di
     rarer kind is weighed up as far as that takes, the other stays at 1.
 
     Args:
-        options: of an objective; others than these two are returned as they are.
+        options: of an objective, with None for what is open; all others are returned as they are.
         liked: sum of the weights of liked answers of the train split.
         disliked: the same of disliked ones.
     """
-    if options.get("desirable_weight", 0) is not None:
-        return dict(options)
     ratio = liked / disliked if liked and disliked else 1.0
-    return {**options, "desirable_weight": max(1.0, 1 / ratio), "undesirable_weight": max(1.0, ratio * 3 / 4)}
+    weights = {"desirable_weight": max(1.0, 1 / ratio), "undesirable_weight": max(1.0, ratio * 3 / 4)}
+    return {name: weights.get(name) if value is None else value for name, value in options.items()}
 
 
 def divide(group: Group) -> tuple[Group, Group | None]:

@@ -82,6 +82,11 @@ class Objective:
         return "pairs" if "chosen" in self.needs else "labels" if "desirable" in self.needs else "good"
 
     @property
+    def open_weights(self) -> dict[str, None]:
+        """The weights that are to be balanced."""
+        return {name: None for name, value in self.options.items() if name in BALANCED and value is None}
+
+    @property
     def has_reference(self) -> bool:
         """Whether it holds the policy against a reference."""
         return "reference_logps" in self.needs
@@ -110,7 +115,8 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
         msg = f"objective `{name}` has no option {', '.join(f'`{key}`' for key in unknown)}\n\nHint: its options are {', '.join(sorted(taken)) or 'none'}."
         raise RecipeError(msg)
     required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    if len(BALANCED & required) > len(BALANCED & bound.keys()) > 0:
+    given = [name for name in BALANCED & required if bound.get(name) is not None]
+    if 0 < len(given) < len(BALANCED & required):
         msg = f"objective `{name}` needs {' and '.join(f'`{key}`' for key in sorted(BALANCED))}, or neither: then they are balanced"
         raise RecipeError(msg)
     bound = {**dict.fromkeys(required & BALANCED), **bound}

@@ -12,6 +12,7 @@ from app.errors import DataError, RecipeError
 from app.ledger import ResponseRow
 from app.preferences.candidates import Rejection
 from app.preferences.imports import import_files, print_import
+from app.preferences.quality import HELD_OUT, split_of, usual_held_out
 from app.preferences.snapshots import read_pairs, resolve_snapshot, write_pair_snapshot
 from app.schemas import QUARANTINE_SCHEMA, Message, Pair, Response, ToolCall, prompt_key
 from app.storage import Home
@@ -355,3 +356,18 @@ def test_feedback_that_gives_no_pair_says_why(home, ledger):
     feedback(ledger, "thumb", "a", "up")
     with pytest.raises(DataError, match="gives no pair: 1 cut_by_length(.|\n)*Hint"):
         build_pairs(home, ledger, RECIPE)
+
+
+def test_a_small_import_holds_out_more_and_feedback_always_the_same_share(home, ledger):
+    few = [pair(i) for i in range(60)]
+    shares = {}
+    for kind in ("import", "ledger"):
+        row = write(
+            home, ledger, few, section=PairSection(near_duplicate_threshold=1.0), origin={"kind": kind}, name=kind
+        )
+        rows = read_pairs(home, row.snapshot_id)
+        clusters = {p.cluster for p in rows}
+        shares[kind] = {p.cluster for p in rows if p.split == "held_out"}
+        share = usual_held_out(len(clusters)) if kind == "import" else HELD_OUT
+        assert shares[kind] == {cluster for cluster in clusters if split_of(cluster, share) == "held_out"}
+    assert shares["ledger"] < shares["import"]

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.errors import RecipeError
 from app.training.judgements import balanced, distinct, divide, for_unit, with_strangers
+from app.training.objectives import load_objective
 from app.training.tokenization import Group, Label, Preference
 
 
@@ -138,6 +140,16 @@ def test_answers_that_are_shared_by_pairs_are_balanced_by_their_weights():
     )
     assert options == {"desirable_weight": 1.0, "undesirable_weight": 1.0}
     assert len(distinct([only])) == 3
+
+
+def test_weights_of_a_function_of_ones_own_are_balanced_too():
+    name = "app.training.objectives:kto"
+    objective = load_objective(name, {"beta": 0.2})
+    options = balanced({"beta": 0.2, **objective.open_weights}, liked=5, disliked=20)
+    assert options == {"beta": 0.2, "desirable_weight": 4.0, "undesirable_weight": 1.0}
+    assert load_objective(name, options).open_weights == {}
+    with pytest.raises(RecipeError, match="needs `desirable_weight` and `undesirable_weight`, or neither"):
+        load_objective(name, {"desirable_weight": 1.0, "undesirable_weight": None})
 
 
 def test_weights_that_a_recipe_gives_stay():
