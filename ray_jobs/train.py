@@ -207,7 +207,7 @@ def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int
     fewest, once = section.min_steps or _FEWEST_STEPS, steps_of(1)
     # Epochs follow one another without a cut; in another order one may have a step more.
     epochs = max(1, fewest // (once + 1))
-    while (steps := steps_of(epochs)) < fewest:
+    while 0 < (steps := steps_of(epochs)) < fewest:
         epochs += 1
     return epochs, steps
 

@@ -3,7 +3,7 @@
 Four ratios of seconds, TRL over ours, each from arms that did the same rows in optimizer steps of as many pairs with the
 same optimizer, clipping and type, one after the other in every round:
 
-    online     the reference is asked in every step; TRL as installed: random order, batches of 8 pairs
+    online     the reference is asked in every step; TRL in random order, batches of 8 pairs
     cached     the reference scores all rows once; TRL with the best of several batch sizes and types, rows by length
     steady     a token of a pair in the cached arms, without the pass and without the first step
     headline   wall-clock from a pair snapshot to an exported model: `prefloop train` (Ray and all) and a TRL script
@@ -11,7 +11,8 @@ same optimizer, clipping and type, one after the other in every round:
 and one of bytes, `memory`: the peaks of the online arms.
 
 Activations are kept on both sides. TRL recomputes them by default, which saves memory and costs operations, so one round
-does that too: `as installed` (TRL recomputes, ours does not), `recomputing` (both do) and `memory, recomputing`. Ratios count only where one fp32 step of both gives the same loss and gradient.
+does that too: `as installed` (TRL recomputes, ours does not), `recomputing` (both do) and `memory, recomputing`.
+Ratios count only where one fp32 step of both gives the same loss and gradient.
 """
 
 import itertools

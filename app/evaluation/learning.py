@@ -3,7 +3,8 @@
 Pairs: reward accuracy. The lower bound (percentile bootstrap over prompt clusters) must exceed 50 % *and* the accuracy of
 both length-only rules on the same pairs. Margins of exactly zero are ties: they count half and are shown apart. What counts
 is what training added: the implicit reward begins at zero where the start model is the reference; where it is not, or where
-an objective has none (SimPO, ORPO, CPO), the start model's is taken away, else a model that learned nothing could pass or one that did could not.
+an objective has none (SimPO, ORPO, CPO), the start model's is taken away, else a model that learned nothing could pass or
+one that did could not.
 
 Answers that were judged one by one: the same, for a liked and a disliked answer drawn at random (the area under the
 ROC curve). Where pairs of ten prompt clusters are held out as well, their accuracy is the measure: two answers to one
