@@ -201,6 +201,47 @@ def status() -> None:
 
 
 @cli.command()
+def ratings(
+    file: Annotated[Path, typer.Argument(help="Battles (CSV, JSONL, JSON): left, right, winner; Arena-Hard's too.")],
+    baseline: Annotated[str | None, typer.Option(help="Model whose rating is 1000; scores are against it.")] = None,
+    style_control: Annotated[bool, typer.Option("--style-control", help="Ratings at equal style.")] = False,
+    answers: Annotated[
+        list[str], typer.Option(metavar="FILE", help="Answers, for the style: Arena-Hard's files.")
+    ] = [],  # noqa: B006
+    level: Annotated[float, typer.Option(help="Confidence level of the intervals.", min=0.5, max=0.999)] = 0.95,
+    samples: Annotated[int, typer.Option(help="Resamples.", min=100)] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rate any file of battles: Bradley-Terry, win rates, scores against a baseline, intervals by row and by prompt."""
+    from app.evaluation.battles import read_answer_texts, read_battles, with_texts
+    from app.evaluation.intervals import Resampling
+    from app.evaluation.ratings import STYLE_FEATURES, rate
+    from app.evaluation.report import ratings_tables
+
+    if answers and not style_control:
+        msg = "--answers has no effect without --style-control: remove it"
+        raise RecipeError(msg)
+    battles = read_battles(str(file))
+    if answers:
+        battles = with_texts(battles, read_answer_texts(answers))
+    found = rate(
+        battles,
+        baseline=baseline,
+        style=STYLE_FEATURES if style_control else (),
+        resampling=Resampling(level, samples, seed),
+    )
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(found), "unused_columns": battles.unused}, indent=1))
+        return
+    console = Console()
+    for table in ratings_tables(found):
+        console.print(table)
+    if battles.unused:
+        console.print(f"columns that were not used: {', '.join(battles.unused)}", markup=False, highlight=False)
+
+
+@cli.command()
 def bench(
     what: Annotated[Literal["train", "ablate"], typer.Argument(help="The trainer against TRL's, or its parts.")],
     data: Annotated[Path, typer.Option(help="Preference data, as for `import`.")],

@@ -23,7 +23,7 @@ from app.evaluation import suites
 from app.evaluation.gate import Measurements, Sides, decide
 from app.evaluation.learning import reward_accuracy
 from app.evaluation.prompts import Prompt, load_prompts
-from app.evaluation.ratings import Estimate, Resampling
+from app.evaluation.intervals import Estimate, Resampling
 from app.evaluation.report import EvaluationReport
 from app.evaluation.rules import Style, load_style
 from app.evaluation.suites import Answer, GoldenCase, RuleJudge

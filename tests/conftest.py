@@ -90,3 +90,12 @@ def ledger(home):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """Files that others published, which may not be copied into this repository; tests on made data stand beside."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no published files beside the checkout")
+    return folder

@@ -64,6 +64,7 @@ def test_the_help_lists_every_step_of_the_loop():
         "serve",
         "dashboard",
         "status",
+        "ratings",
         "bench",
     ]
     for name in steps:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from app.config import GateSection
-from app.evaluation.ratings import Estimate, needed_clusters
+from app.evaluation.intervals import Estimate, needed_clusters
 from app.evaluation.suites import GoldenResult, WinRate
 
 Decision = Literal["SHIP", "HOLD"]

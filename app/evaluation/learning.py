@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
+from app.evaluation.intervals import Estimate, Resampling, mean_rate, mean_ratio
 
 FEW_CLUSTERS = 10
 """Resamples of fewer prompt clusters than this say nothing about answers that are judged one by one."""

@@ -1,7 +1,7 @@
 """The report of an evaluation: plain values for JSON, Markdown for people, a card for the terminal.
 
-The three say the same: the verdict, every rule with value, interval, n and threshold, and the reasons in words. This
-module measures and decides nothing.
+The three say the same: the verdict, every rule with value, interval, n and threshold, and the reasons in words. The
+tables of ratings are here too. This module measures and decides nothing.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.evaluation.gate import Measurements, RuleResult, Verdict
+from app.evaluation.ratings import Figure, Ratings
 from app.evaluation.suites import WinRate
 
 
@@ -109,4 +110,39 @@ def _counts(baseline: str, measured: WinRate) -> str:
         f"Against {baseline}: {measured.wins} wins, {measured.ties} ties, {measured.losses} losses; left out as invalid: "
         f"{measured.invalid_candidate} by the candidate, {measured.invalid_baseline} by the baseline "
         f"(were the candidate's losses: win rate {measured.if_invalid_lost:.1%})."
+    )
+
+
+def ratings_tables(ratings: Ratings) -> list[Table]:
+    """Return the ratings of all models and, under style control, what style is worth, as tables for the terminal."""
+    units = [("prompt", ratings.n_prompts), ("rater", ratings.n_raters)]
+    by = " and ".join(["row", *(f"{unit} ({n})" for unit, n in units if n is not None)])
+    style = " at equal style" if ratings.style is not None else ""
+    against = f"; scores against {ratings.baseline}" if ratings.baseline is not None else ""
+    title = f"{ratings.n_battles} battles, ratings{style}{against}; {ratings.level:.0%} intervals by {by}"
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in ("model", "battles", "rating", "score", "win rate"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in ratings.models:
+        table.add_row(
+            Text(model.model),
+            str(model.battles),
+            "no finite one" if model.rating is None else _figure(model.rating, ".0f"),
+            "" if model.score is None else _figure(model.score, ".2f"),
+            _figure(model.win_rate, ".2f"),
+        )
+    if ratings.style is None:
+        return [table]
+    effects = Table(title="log-odds of a standard deviation more", title_justify="left", box=None)
+    for heading in ("style", "effect"):
+        effects.add_column(heading)
+    for name, figure in ratings.style.items():
+        effects.add_row(name, _figure(figure, "+.2f"))
+    return [table, effects]
+
+
+def _figure(figure: Figure, form: str) -> str:
+    intervals = (figure.by_row, figure.by_prompt, figure.by_rater)
+    return " ".join(
+        [f"{figure.value:{form}}", *(f"[{i.low:{form}}, {i.high:{form}}]" for i in intervals if i is not None)]
     )

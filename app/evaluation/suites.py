@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from app.errors import DataError
+from app.evaluation.intervals import Estimate, Resampling, mean_rate, mean_ratio
 from app.evaluation.prompts import read_jsonl
-from app.evaluation.ratings import Estimate, Resampling, mean_rate, mean_ratio
 from app.evaluation.rules import Style
 from app.schemas import SCHEMA_VERSION, FinishReason, content_hash
 

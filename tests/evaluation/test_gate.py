@@ -9,7 +9,7 @@ from rich.console import Console
 from app.config import GateSection
 from app.evaluation import suites
 from app.evaluation.gate import Measurements, Sides, decide
-from app.evaluation.ratings import Estimate, Resampling, mean_rate
+from app.evaluation.intervals import Estimate, Resampling, mean_rate
 from app.evaluation.report import EvaluationReport
 from app.evaluation.rules import parse_style
 from app.evaluation.suites import Answer, GoldenResult, RuleJudge, WinRate

@@ -1,96 +1,225 @@
-"""Intervals cover what they say, clusters count as one, and the degenerate cases are honest."""
+"""Ratings are the maximum of the likelihood, anchored, honest about clusters, and equal to what others publish."""
 
+import csv
+import json
+
+import evalica
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from app.cli import cli
 from app.errors import DataError
-from app.evaluation.learning import judge_learning
-from app.evaluation.ratings import Resampling, mean_rate, mean_ratio, needed_clusters
-from app.training.held_out import PairMeasure
+from app.evaluation.battles import read_answer_texts, read_battles, with_texts
+from app.evaluation.intervals import Resampling
+from app.evaluation.ratings import STYLE_FEATURES, rate, style_features
 
-QUICK = Resampling(level=0.95, samples=400, seed=0)
-
-
-def coverage(cluster_size: int, *, trials: int, clusters: int) -> float:
-    """Share of intervals that contain the truth; prompts of a cluster share their probability of winning."""
-    generator = np.random.default_rng(7)
-    inside = 0
-    for trial in range(trials):
-        chance = generator.beta(1.2, 0.8, size=clusters)  # mean 0.6
-        values = (generator.random((clusters, cluster_size)) < chance[:, None]).astype(float)
-        names = np.repeat(np.arange(clusters), cluster_size).astype(str)
-        estimate = mean_rate(
-            values.ravel().tolist(), names.tolist(), resampling=Resampling(0.95, samples=300, seed=trial)
-        )
-        inside += estimate.low <= 0.6 <= estimate.high
-    return inside / trials
+QUICK = Resampling(level=0.95, samples=200, seed=0)
 
 
-@pytest.mark.parametrize("cluster_size", [1, 5])
-def test_95_percent_intervals_cover_the_truth_with_and_without_clusters(cluster_size):
-    assert 0.92 <= coverage(cluster_size, trials=500, clusters=120) <= 0.975
+def write_csv(path, rows, columns=("left", "right", "winner")):
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    return str(path)
 
 
-def test_ignoring_clusters_would_be_too_sure():
-    generator = np.random.default_rng(3)
-    values = np.repeat((generator.random(60) < 0.6).astype(float), 5).tolist()
-    by_cluster = mean_rate(values, [str(i // 5) for i in range(300)], resampling=QUICK)
-    by_row = mean_rate(values, [str(i) for i in range(300)], resampling=QUICK)
-    assert by_cluster.value == by_row.value
-    assert (by_cluster.n, by_cluster.n_clusters, by_row.n_clusters) == (300, 60, 300)
-    assert (by_cluster.high - by_cluster.low) > 1.8 * (by_row.high - by_row.low)
+def tournament(models, battles, *, seed=0):
+    """Random battles of models whose strength is their position."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(battles):
+        left, right = generator.choice(len(models), 2, replace=False)
+        odds = np.exp((left - right) / 2)
+        winner = "tie" if generator.random() < 0.2 else "left" if generator.random() < odds / (1 + odds) else "right"
+        rows.append((models[left], models[right], winner))
+    return rows
 
 
-def test_all_wins_are_bounded_exactly_because_a_bootstrap_would_claim_certainty():
-    estimate = mean_rate([1.0] * 40, [str(i // 2) for i in range(40)], resampling=QUICK)
-    assert (estimate.value, estimate.high, estimate.method) == (1.0, 1.0, "exact")
-    assert estimate.low == pytest.approx(0.025 ** (1 / 20))
-    losses = mean_rate([0.0] * 40, [str(i // 2) for i in range(40)], resampling=QUICK)
-    assert losses.high == pytest.approx(1 - 0.025 ** (1 / 20))
+def evalica_scores(rows, weights=None):
+    winners = {"left": evalica.Winner.X, "right": evalica.Winner.Y, "tie": evalica.Winner.Draw}
+    result = evalica.bradley_terry(
+        [r[0] for r in rows],
+        [r[1] for r in rows],
+        [winners[r[2]] for r in rows],
+        weights=weights,
+        tolerance=1e-12,
+        limit=100_000,
+    )
+    return dict(result.scores / result.scores.sum())
 
 
-def test_two_lucky_pairs_prove_nothing():
-    measures = [PairMeasure(str(i), str(i), 0.3, 0.5, 5, 9) for i in range(2)]
-    assert judge_learning(measures, level=0.95, seed=0).low < 0.5
+def shares(ratings):
+    """Bradley-Terry strengths that add up to 1, as evalica's golden files have them."""
+    strength = {m.model: 10 ** ((m.rating.value - 1000) / 400) for m in ratings.models}
+    return {name: value / sum(strength.values()) for name, value in strength.items()}
 
 
-def test_all_ties_are_a_point_and_no_values_are_no_knowledge():
-    ties = mean_rate([0.5] * 9, list("abcdefghi"), resampling=QUICK)
-    assert (ties.low, ties.high, ties.method) == (0.5, 0.5, "constant")
-    empty = mean_rate([], [], resampling=QUICK)
-    assert (empty.low, empty.high, empty.n, empty.method) == (0.0, 1.0, 0, "empty")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ratings_equal_evalica_s_maximum_with_ties_and_weights(tmp_path, seed):
+    rows = tournament(list("abcde"), 400, seed=seed)
+    weights = np.random.default_rng(seed).choice([0.5, 1.0, 3.0], len(rows)).tolist()
+    plain = rate(read_battles(write_csv(tmp_path / "a.csv", rows)), baseline=None, resampling=QUICK)
+    assert shares(plain) == pytest.approx(evalica_scores(rows), rel=1e-6)
+    weighted = write_csv(
+        tmp_path / "b.csv",
+        [(*row, w) for row, w in zip(rows, weights, strict=True)],
+        ("left", "right", "winner", "weight"),
+    )
+    heavy = rate(read_battles(weighted), baseline=None, resampling=QUICK)
+    assert shares(heavy) == pytest.approx(evalica_scores(rows, weights), rel=1e-6)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("abcdef")), min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_an_interval_holds_its_value_and_repeats_with_its_seed(rows):
-    values, clusters = [v for v, _ in rows], [c for _, c in rows]
-    estimate = mean_rate(values, clusters, resampling=QUICK)
-    assert 0 <= estimate.low <= estimate.value + 1e-12
-    assert estimate.value - 1e-12 <= estimate.high <= 1
-    assert estimate == mean_rate(values, clusters, resampling=QUICK)
+def test_where_all_fight_the_baseline_the_score_is_the_weighted_win_rate(tmp_path):
+    rows = [("base", "x", w) for w in ["left"] * 30 + ["right"] * 50 + ["tie"] * 21]
+    ratings = rate(read_battles(write_csv(tmp_path / "a.csv", rows)), baseline="base", resampling=QUICK)
+    x = ratings.models[0]
+    assert x.score.value == pytest.approx(x.win_rate.value) == pytest.approx(100 * 60.5 / 101)
+    assert x.rating.value == pytest.approx(1000 + 400 * np.log10(60.5 / 40.5))
+    assert (ratings.models[1].rating.value, ratings.models[1].score.value) == (1000, 50)
 
 
-def test_a_ratio_is_of_sums_and_a_constant_ratio_is_a_point():
-    estimate = mean_ratio([10.0, 30.0], [20.0, 20.0], ["a", "b"], resampling=QUICK)
-    assert estimate.value == 1.0
-    assert (estimate.low, estimate.high) == (0.5, 1.5)
-    half = mean_ratio([5.0, 10.0, 1.0], [10.0, 20.0, 2.0], ["a", "b", "c"], resampling=QUICK)
-    assert (half.value, half.low, half.high) == (0.5, 0.5, 0.5)
-    with pytest.raises(DataError):
-        mean_ratio([1.0], [0.0], ["a"], resampling=QUICK)
+def test_two_games_of_one_prompt_widen_the_interval_by_prompt_and_not_the_one_by_row(tmp_path):
+    generator = np.random.default_rng(0)
+    outcomes = generator.choice(["left", "right"], 150)
+    rows = [("base", "x", o, f"prompt {i}") for i, o in enumerate(outcomes) for _ in range(4)]
+    battles = read_battles(write_csv(tmp_path / "a.csv", rows, ("left", "right", "winner", "prompt")))
+    score = rate(battles, baseline="base", resampling=Resampling(0.95, 1000, 0)).models[0].score
+    width = lambda interval: interval.high - interval.low  # noqa: E731
+    assert 1.7 < width(score.by_prompt) / width(score.by_row) < 2.3
+    assert score.by_rater is None
 
 
-def test_the_number_of_prompts_needed_is_enough():
-    generator = np.random.default_rng(11)
-    wins = lambda n: (generator.permutation(n) < 0.6 * n).astype(float).tolist()  # noqa: E731
-    small = mean_rate(wins(60), [str(i) for i in range(60)], resampling=QUICK)
-    needed = needed_clusters(small, threshold=0.5)
-    assert small.low < 0.5
-    assert needed is not None
-    assert 60 < needed < 200
-    larger = mean_rate(wins(needed + 10), [str(i) for i in range(needed + 10)], resampling=QUICK)
-    assert larger.low > 0.49
-    assert needed_clusters(small, threshold=0.7) is None
+def test_who_never_lost_has_no_finite_rating_and_the_others_keep_theirs(tmp_path):
+    rows = [*tournament(list("abc"), 100), *[("king", model, "left") for model in "abc" for _ in range(5)]]
+    ratings = rate(read_battles(write_csv(tmp_path / "a.csv", rows)), baseline="a", resampling=QUICK)
+    king = next(m for m in ratings.models if m.model == "king")
+    assert (king.rating, king.score, king.win_rate.value) == (None, None, 100)
+    assert {m.model for m in ratings.models if m.rating is not None} == set("abc")
+
+
+def test_a_tournament_s_average_win_rate_counts_each_opponent_once(tmp_path):
+    rows = [("a", "b", "left")] * 9 + [("a", "c", "right")]
+    a = next(
+        m
+        for m in rate(read_battles(write_csv(tmp_path / "a.csv", rows)), baseline=None, resampling=QUICK).models
+        if m.model == "a"
+    )
+    assert (a.win_rate.value, a.average_win_rate.value) == (90, 50)
+
+
+def test_style_control_finds_the_strength_behind_the_length_and_does_not_centre_it_away(tmp_path):
+    """Both models are equally good, the candidate always writes more, and length alone wins."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(1200):
+        short, long = "word " * int(generator.integers(10, 40)), "word " * int(generator.integers(10, 90))
+        gap = (len(long) - len(short)) / (len(long) + len(short))
+        won = generator.random() < 1 / (1 + np.exp(-3 * gap))
+        rows.append(("base", "x", "right" if won else "left", str(i), short, long))
+    columns = ("left", "right", "winner", "prompt", "left_text", "right_text")
+    battles = read_battles(write_csv(tmp_path / "a.csv", rows, columns))
+    raw = rate(battles, baseline="base", resampling=QUICK).models[0].score
+    equal = rate(battles, baseline="base", style=STYLE_FEATURES, resampling=QUICK)
+    assert raw.by_prompt.low > 55
+    assert equal.models[0].score.by_prompt.low < 50 < equal.models[0].score.by_prompt.high
+    assert equal.style["length"].by_prompt.low > 0.5
+    assert equal.style["headers"].value == 0
+
+
+def test_style_counts_markdown_outside_of_code(tmp_path):
+    rich = "# Head\n- one\n* two\n1. three\n**bold** __also__\n```\n# no\n- no\n```"
+    rows = [("a", "b", "left", rich, "plain"), ("a", "b", "right", "plain", "plain")]
+    columns = ("left", "right", "winner", "left_text", "right_text")
+    gaps = style_features(read_battles(write_csv(tmp_path / "a.csv", rows, columns)), STYLE_FEATURES)
+    # A gap of a / (a + 1), over its root mean square sqrt(gap^2 / 2).
+    assert gaps[0] == pytest.approx([np.sqrt(2)] * 4)
+    assert gaps[1] == pytest.approx([0.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([("a", "b", "won")], ("left", "right", "winner"), "row 1: `winner` is 'won'"),
+        ([("a", "a", "left")], ("left", "right", "winner"), "stands against itself"),
+        ([("a", "b", "left", "nan")], ("left", "right", "winner", "weight"), "`weight` must be a number above 0"),
+        ([("a", "b", "left", "0")], ("left", "right", "winner", "weight"), "`weight` must be a number above 0"),
+        ([("a", "", "left")], ("left", "right", "winner"), "`right` must be a name"),
+        ([("a", "b", "left")], ("left", "right", "won"), "`left`, `right`, `winner` are needed"),
+        ([], ("left", "right", "winner"), "holds no battles"),
+    ],
+)
+def test_what_is_no_battle_is_named(tmp_path, rows, columns, message):
+    with pytest.raises(DataError, match=message):
+        read_battles(write_csv(tmp_path / "a.csv", rows, columns))
+
+
+def test_the_command_rates_arena_hard_s_rows_and_names_what_it_did_not_use(tmp_path):
+    rows = [
+        {"question_id": str(i // 2), "model_a": "base", "model_b": "x", "winner": w, "tstamp": 1}
+        for i, w in enumerate(["model_a", "model_b", "tie", "tie (bothbad)"] * 5)
+    ]
+    path = tmp_path / "battles.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    result = CliRunner().invoke(cli, ["ratings", str(path), "--baseline", "base", "--level", "0.9", "--json"])
+    found = json.loads(result.output)
+    assert (found["level"], found["n_battles"], found["n_prompts"]) == (0.9, 20, 10)
+    assert found["models"][0]["score"]["value"] == pytest.approx(50)
+    assert found["models"][0]["score"]["by_prompt"]["low"] <= 50
+    assert found["unused_columns"] == ["tstamp"]
+    shown = CliRunner().invoke(cli, ["ratings", str(path), "--baseline", "base"])
+    assert "95% intervals by row and prompt (10)" in " ".join(shown.output.split())
+    assert "not used: tstamp" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--baseline", "y"], "the models are a, b"),
+        (["--style-control"], "needs the two answers"),
+        (["--answers", "x"], "has no effect without --style-control"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused(tmp_path, options, message):
+    path = write_csv(tmp_path / "a.csv", [("a", "b", "left")])
+    result = CliRunner().invoke(cli, ["ratings", path, *options])
+    assert result.exit_code != 0
+    assert message in str(result.exception)
+
+
+class TestPublished:
+    """What Arena-Hard and evalica publish, where their files are at hand."""
+
+    def test_arena_hard_s_scores_are_exact_and_its_intervals_too_narrow(self, published):
+        folder = published / "arena_hard" / "v0.1"
+        battles = read_battles(str(folder / "battles_gpt-4-0314_baseline.jsonl"))
+        ratings = rate(battles, baseline="gpt-4-0314", resampling=Resampling(0.95, 5000, 0))
+        scores = {m.model: m.score for m in ratings.models}
+        expected = {"gpt-4-0613": (37.90, 35.6, 40.36), "gpt-3.5-turbo-0125": (23.34, 21.67, 25.27)}
+        for name, (score, low, high) in expected.items():
+            assert round(scores[name].value, 2) == score
+            assert abs(scores[name].by_row.low - low) < 0.5
+            assert abs(scores[name].by_row.high - high) < 0.5
+            rows, prompts = scores[name].by_row, scores[name].by_prompt
+            assert 1.45 < (prompts.high - prompts.low) / (rows.high - rows.low) < 1.75
+
+    def test_style_control_is_not_centred(self, published):
+        folder = published / "arena_hard" / "v0.1"
+        battles = read_battles(str(folder / "battles_gpt-4-0314_baseline.jsonl"))
+        texts = read_answer_texts([str(folder / f"answer_{model}.jsonl.gz") for model in battles.models])
+        ratings = rate(with_texts(battles, texts), baseline="gpt-4-0314", style=STYLE_FEATURES, resampling=QUICK)
+        scores = {m.model: m.score.value for m in ratings.models}
+        assert scores["gpt-4-0613"] == pytest.approx(41.8, abs=0.3)
+        assert scores["gpt-3.5-turbo-0125"] == pytest.approx(26.6, abs=0.3)
+
+    @pytest.mark.parametrize("name", ["food", "simple"])
+    def test_evalica_s_golden_files(self, published, name):
+        folder = published / "evalica_golden"
+        ratings = rate(read_battles(str(folder / f"{name}.csv")), baseline=None, resampling=QUICK)
+        with (folder / f"{name}-golden.csv").open() as stream:
+            golden = list(csv.DictReader(stream))
+        for row in golden:
+            model = next(m for m in ratings.models if m.model == row["item"])
+            if row["algorithm"] == "bradley_terry":
+                assert shares(ratings)[row["item"]] == pytest.approx(float(row["score"]), abs=1e-6)
+            if row["algorithm"] == "average_win_rate":
+                assert model.average_win_rate.value / 100 == pytest.approx(float(row["score"]), abs=1e-6)

@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import DataError
 from app.evaluation import suites
-from app.evaluation.ratings import Resampling
+from app.evaluation.intervals import Resampling
 from app.evaluation.rules import parse_style
 from app.evaluation.suites import Answer, GoldenCase, RuleJudge
 
