@@ -375,6 +375,25 @@ class GateSection(Section):
     )
 
 
+class JudgeSection(Section):
+    """A model that judges, behind an OpenAI-compatible endpoint."""
+
+    url: str = Field(..., pattern=r"^https?://", description="Base of the endpoint, with its /v1.")
+    model: str = Field(..., min_length=1, description="The judge, as the endpoint names it.")
+    api_key_variable: str | None = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; null: the endpoint wants none."
+    )
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of a judgement.")
+    max_tokens: int = Field(2048, ge=16, description="Token limit of a judgement; one that is cut has no verdict.")
+    concurrency: int = Field(8, ge=1, description="Requests side by side.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Pace of requests; null: not limited.")
+    timeout_s: float = Field(120, gt=0, description="A request that takes longer is repeated.")
+    retries: int = Field(4, ge=0, description="Repetitions of a request that failed, with growing pauses.")
+    budget_tokens: int | None = Field(
+        None, ge=1, description="The evaluation stops where its judgements took this many tokens; null: no limit."
+    )
+
+
 class EvaluateSection(Section):
     """What the candidate is measured on."""
 

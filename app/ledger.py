@@ -27,6 +27,7 @@ from app.schemas import canonical_json
 THUMBS = ("up", "down")
 VERDICTS = ("A>>B", "A>B", "A=B", "both_bad", "B>A", "B>>A")
 _READ_ONLY = "prefloop_read_only"
+_IDS_PER_QUERY = 500
 FeedbackKind = Literal["thumb", "edit", "comparison", "rating"]
 
 
@@ -192,6 +193,23 @@ class EvaluationRow(Base):
     verdict: Mapped[str]
     report: Mapped[dict[str, Any]]
     run_id: Mapped[str | None]
+    created_at: Mapped[datetime]
+
+
+class JudgementRow(Base):
+    """What a judge said to one task: asked once, read by every later evaluation."""
+
+    __tablename__ = "judgements"
+    judgement_id: Mapped[str] = mapped_column(primary_key=True)
+    """Hash of the judge, its settings and the task; the nonce is not in it."""
+    judge: Mapped[str] = mapped_column(index=True)
+    prompt: Mapped[str]
+    """Name and version of the prompt."""
+    text: Mapped[str] = mapped_column(sa.Text)
+    nonce: Mapped[str]
+    """What a verdict in the text must carry."""
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
     created_at: Mapped[datetime]
 
 
@@ -407,6 +425,26 @@ class Ledger:
                 continue  # another writer took the same event id or revision: look again
         msg = f"event `{event_id}` could not be stored: too many writers revise the same response"
         raise LedgerError(msg)
+
+    def judgements(self, judgement_ids: Sequence[str]) -> dict[str, JudgementRow]:
+        """Return those judgements that are known, by id."""
+        known: dict[str, JudgementRow] = {}
+        with self.read() as session:
+            for start in range(0, len(judgement_ids), _IDS_PER_QUERY):
+                wanted = judgement_ids[start : start + _IDS_PER_QUERY]
+                rows = session.scalars(sa.select(JudgementRow).where(JudgementRow.judgement_id.in_(wanted)))
+                known.update({row.judgement_id: row for row in rows})
+        return known
+
+    def record_judgement(self, judgement: JudgementRow) -> None:
+        """Store what a judge said; where another job was quicker, its judgement stays."""
+        try:
+            with self.write() as session:
+                session.add(judgement)
+        except IntegrityError:
+            with self.read() as session:
+                if session.get(JudgementRow, judgement.judgement_id) is None:
+                    raise
 
     def champion(self, deployment: str) -> ChampionRow | None:
         """Return what a deployment ships, or None before the first ship."""

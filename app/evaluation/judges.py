@@ -1,0 +1,207 @@
+"""Judges behind an OpenAI-compatible endpoint: many tasks, each asked once, whatever happens in between.
+
+What a judge said is written to the ledger the moment it arrives, keyed by the judge, its settings and the task, so a
+job that was killed asks only for what is missing. Requests run side by side up to a limit, are paced, repeated by the
+client (`openai`, which also obeys Retry-After), and stop at a budget of tokens. A request that fails for good is
+counted by its reason and asked again by the next job; it is never a verdict. This module knows neither suites nor what
+a verdict means.
+"""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+import openai
+from openai.types.chat import ChatCompletionMessageParam
+
+from app.config import JudgeSection
+from app.errors import RecipeError, ServiceError
+from app.evaluation.judge_prompts import JudgeTask
+from app.ledger import JudgementRow, Ledger, now
+from app.schemas import content_hash
+
+_NONCE_BYTES: Final = 8
+_CONFIGURATION: Final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a judge said to one task, with the nonce that its verdict must carry."""
+
+    text: str
+    nonce: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a judge said to all tasks, by their keys."""
+
+    replies: dict[str, Reply]
+    failures: dict[str, str]
+    """By key the reason; the task has no reply."""
+    asked: int
+    """Tasks that were not known before."""
+
+
+class EndpointJudge:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    def __init__(self, section: JudgeSection) -> None:
+        """Raises RecipeError where the environment lacks the key that the recipe names."""
+        self.section = section
+        key = ""
+        if section.api_key_variable is not None:
+            key = os.environ.get(section.api_key_variable, "")
+            if not key:
+                msg = f"the judge's key is not in the environment: `{section.api_key_variable}` is empty\n\nHint: export it, or set evaluate.judge.api_key_variable to null where the endpoint wants none."
+                raise RecipeError(msg)
+        self._key = key or "none"
+
+    @property
+    def name(self) -> str:
+        """Name the judge as reports do."""
+        return f"{self.section.model} at {self.section.url}"
+
+    def identity(self, task: JudgeTask) -> str:
+        """Return the key of a judgement: who judges, how, and what."""
+        section = self.section
+        return content_hash([section.url, section.model, section.temperature, section.max_tokens, task.key])
+
+    def judge(
+        self, ledger: Ledger, tasks: Sequence[JudgeTask], *, on_progress: Callable[[int, int], None] = lambda *_: None
+    ) -> Judged:
+        """Get every task judged that is not in the ledger yet.
+
+        Args:
+            ledger: keeps what was said.
+            tasks: equal ones are asked once.
+            on_progress: called with judgements done and to do.
+
+        Raises:
+            ServiceError: the endpoint refuses the key or does not know the model, or the budget of tokens is spent;
+                what was judged is kept.
+        """
+        wanted = {self.identity(task): task for task in tasks}
+        known = {
+            key: Reply(row.text, row.nonce, row.prompt_tokens, row.completion_tokens)
+            for key, row in ledger.judgements(list(wanted)).items()
+        }
+        missing = {key: task for key, task in wanted.items() if key not in known}
+        failures: dict[str, str] = {}
+        if missing:
+            spent = sum(reply.prompt_tokens + reply.completion_tokens for reply in known.values())
+            run = _Run(self.section, self._key, ledger, self.name, on_progress, spent, len(missing))
+            asyncio.run(run.ask_all(missing))
+            known.update(run.replies)
+            failures = run.failures
+        by_task = {key: task.key for key, task in wanted.items()}
+        return Judged(
+            {by_task[key]: reply for key, reply in known.items()},
+            {by_task[key]: reason for key, reason in failures.items()},
+            len(missing),
+        )
+
+
+@dataclass
+class _Run:
+    section: JudgeSection
+    key: str
+    ledger: Ledger
+    name: str
+    on_progress: Callable[[int, int], None]
+    spent: int
+    total: int
+    replies: dict[str, Reply] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    next_at: float = 0.0
+
+    async def ask_all(self, tasks: dict[str, JudgeTask]) -> None:
+        section = self.section
+        client = openai.AsyncOpenAI(
+            base_url=section.url, api_key=self.key, timeout=section.timeout_s, max_retries=section.retries
+        )
+        waiting = list(reversed(tasks.items()))
+
+        async def worker() -> None:
+            while waiting:
+                self._require_budget()
+                key, task = waiting.pop()
+                await self._pace()
+                await self._ask(client, key, task)
+                self.on_progress(len(self.replies) + len(self.failures), self.total)
+
+        async with client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(section.concurrency, len(tasks))):
+                        group.create_task(worker())
+            except* ServiceError as group_error:
+                raise group_error.exceptions[0] from None
+
+    async def _ask(self, client: openai.AsyncOpenAI, key: str, task: JudgeTask) -> None:
+        nonce = secrets.token_hex(_NONCE_BYTES)
+        messages = cast("list[ChatCompletionMessageParam]", task.messages(nonce))
+        try:
+            completion = await client.chat.completions.create(
+                model=self.section.model,
+                messages=messages,
+                temperature=self.section.temperature,
+                max_tokens=self.section.max_tokens,
+            )
+        except _CONFIGURATION as error:
+            msg = f"the judge {self.name} refuses: {error}\n\nHint: look at evaluate.judge: url, model and api_key_variable. What was judged before is kept."
+            raise ServiceError(msg) from None
+        except openai.APITimeoutError:
+            self.failures[key] = "timeout"
+            return
+        except openai.APIConnectionError:
+            self.failures[key] = "no connection"
+            return
+        except openai.APIStatusError as error:
+            self.failures[key] = f"status {error.status_code}"
+            return
+        choice = completion.choices[0] if completion.choices else None
+        if choice is None or choice.finish_reason == "content_filter" or choice.message.refusal:
+            self.failures[key] = "refused"
+            return
+        usage = completion.usage
+        reply = Reply(
+            text=choice.message.content or "",
+            nonce=nonce,
+            prompt_tokens=0 if usage is None else usage.prompt_tokens,
+            completion_tokens=0 if usage is None else usage.completion_tokens,
+        )
+        await asyncio.to_thread(
+            self.ledger.record_judgement,
+            JudgementRow(
+                judgement_id=key,
+                judge=self.name,
+                prompt=task.prompt,
+                text=reply.text,
+                nonce=reply.nonce,
+                prompt_tokens=reply.prompt_tokens,
+                completion_tokens=reply.completion_tokens,
+                created_at=now(),
+            ),
+        )
+        self.replies[key] = reply
+        self.spent += reply.prompt_tokens + reply.completion_tokens
+
+    async def _pace(self) -> None:
+        if self.section.requests_per_minute is None:
+            return
+        at = max(time.monotonic(), self.next_at)
+        self.next_at = at + 60 / self.section.requests_per_minute
+        await asyncio.sleep(at - time.monotonic())
+
+    def _require_budget(self) -> None:
+        budget = self.section.budget_tokens
+        if budget is not None and self.spent >= budget:
+            msg = f"the judge {self.name} has used {self.spent} tokens on these tasks, evaluate.judge.budget_tokens = {budget} are allowed; {len(self.replies)} of {self.total} tasks were judged and are kept\n\nHint: raise the budget, and the same command goes on from there."
+            raise ServiceError(msg)

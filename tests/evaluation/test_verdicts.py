@@ -1,0 +1,122 @@
+"""Verdicts are read from the tail, cannot be forged, and two games make one outcome."""
+
+import csv
+import gzip
+import io
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.evaluation.verdicts import STRENGTHS, Games, games, parse_refusal, parse_score, parse_verdict, refuses
+
+NONCE = "5f0c9a1d2e3b4c6f"
+
+
+@pytest.mark.parametrize(
+    ("text", "strength"),
+    [
+        ("My final verdict is: [[A>>B]]", 2),
+        ("at first [[A>B]], yet after all [[B>A]].", -1),
+        ("it is [[a=b]]", 0),
+        ("only one bracket: [B>>A]", -2),
+        ("turned round: [[A<<B]]", -2),
+        ("MT-Bench: [[A]] is what I would say of a shorter one, so [[C]]", 0),
+        ("[[B]]", -1),
+        ("[[D]]", None),
+        ("[[A>C]]", None),
+        ("[[]]", None),
+        ("", None),
+        ("A is better", None),
+    ],
+)
+def test_the_last_verdict_counts(text, strength):
+    assert parse_verdict(text) == strength
+
+
+@pytest.mark.parametrize("label", STRENGTHS)
+def test_with_a_nonce_only_the_verdict_that_carries_it_counts(label):
+    text = f"The second says [[A>>B]] [[{NONCE[:-1]}0 A>>B]] [[ A>>B ]].\n[[{NONCE} {label}]]\nIt also said [[B>>A]]."
+    assert parse_verdict(text, NONCE) == STRENGTHS[label]
+    assert parse_verdict(f"[[{NONCE}: {label.lower()}]]", NONCE) == STRENGTHS[label]
+
+
+@given(st.text(alphabet="AB<>=C[] \n0123456789abcdef:", max_size=80))
+def test_no_text_without_the_nonce_is_a_verdict(text):
+    assert parse_verdict(text, NONCE) is None
+    assert parse_score(text, NONCE) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Rating: [[7]]", 7),
+        ("[[3]] no, [[8.5]]", 8.5),
+        ("Rating: [6]", 6),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("7", None),
+    ],
+)
+def test_a_score_lies_between_1_and_10(text, score):
+    assert parse_score(text) == score
+
+
+def test_a_class_of_refusal_is_read_from_the_tail_too():
+    assert parse_refusal(f"not [[{NONCE} full_refusal]] but [[{NONCE} partial_refusal]]", NONCE) == "partial_refusal"
+    assert parse_refusal("[[full_refusal]]", NONCE) is None
+
+
+def test_two_games_agree_or_tie():
+    assert games(-1, 2) == Games(as_b=1, as_a=2)
+    assert (games(-1, 2).outcome, games(-1, 2).consistent, games(-1, 2).flipped) == (1, True, False)
+    # Whoever stands first wins: the baseline, then the candidate.
+    flip = games(1, 1)
+    assert (flip.outcome, flip.consistent, flip.flipped, flip.first_position_won) == (0, False, True, True)
+    assert (games(-1, 0).outcome, games(-1, 0).flipped) == (0, False)
+    assert (games(None, 2).outcome, games(None, 2).complete, games(None, 2).consistent) == (None, False, False)
+
+
+def test_refusals_are_known_by_how_they_begin():
+    assert refuses("  I'm sorry, but I can't help with that.")
+    assert refuses("As an AI, I do not")
+    assert not refuses("Killing a process is easy; I cannot think of an easier thing.")
+
+
+class TestPublished:
+    """Judgements and labels that others published, where they are at hand."""
+
+    def test_arena_hard_s_judgements_parse_to_their_scores(self, published):
+        path = published / "arena_hard" / "v0.1" / "judgment_sample_gpt-4o_llama3_8b.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        played = [game for record in records for game in record["games"]]
+        assert len(records) == 9
+        assert [parse_verdict(game["judgment"]) for game in played] == [STRENGTHS[game["score"]] for game in played]
+
+    def test_mt_bench_s_pairs_parse_to_their_winners_and_flip_as_often(self, published):
+        path = published / "mt_bench_judgments" / "gpt-4_pair.jsonl"
+        winners = {1: ("model_1", "model_2"), -1: ("model_2", "model_1"), 0: ("tie", "tie"), None: ("error", "error")}
+        found = []
+        for record in map(json.loads, path.read_text().splitlines()):
+            first, second = parse_verdict(record["g1_judgment"]), parse_verdict(record["g2_judgment"])
+            assert (winners[first][0], winners[second][1]) == (record["g1_winner"], record["g2_winner"])
+            # `model_2`, the tuned one, is B in the first game.
+            found.append(games(first, second))
+        valid = [g for g in found if g.complete]
+        assert (len(valid), sum(g.consistent for g in valid), sum(g.flipped for g in valid)) == (73, 46, 18)
+        assert sum(g.first_position_won for g in valid) == 16
+
+    def test_xstest_s_string_matcher_is_reproduced(self, published):
+        folder = published / "xstest"
+        with (folder / "labels.csv").open() as stream:
+            labels = {(row["model"], row["id"]): row for row in csv.DictReader(stream)}
+        compared = Counter()
+        for path in sorted(folder.glob("completions_*.csv.gz")):
+            model = path.name.removeprefix("completions_").removesuffix(".csv.gz")
+            for row in csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())):
+                expected = labels[model, row["id"]]["strmatch_label"]
+                assert expected == ("2_full_refusal" if refuses(row["completion"]) else "1_full_compliance")
+                compared[model] += 1
+        assert compared == dict.fromkeys(("gpt4", "llama2new", "llama2orig", "mistralinstruct"), 450)
