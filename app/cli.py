@@ -241,6 +241,33 @@ def ratings(
         console.print(f"columns that were not used: {', '.join(battles.unused)}", markup=False, highlight=False)
 
 
+judges = typer.Typer(help="Whether a judge can be believed.", no_args_is_help=True)
+cli.add_typer(judges, name="judges")
+
+
+@judges.command()
+def calibrate(
+    human: Annotated[Path, typer.Option(help="Battles that humans judged; several votes on a pair are counted.")],
+    judge: Annotated[Path, typer.Option(help="The same pairs, judged; both orders of a pair show flips.")],
+    judge_model: Annotated[str | None, typer.Option(help="The judge's own model among them: self-preference.")] = None,
+    level: Annotated[float, typer.Option(help="Confidence level of the intervals.", min=0.5, max=0.999)] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold a judge against human labels: agreement, kappa, ties, flips, length, its own answers."""
+    from app.evaluation.battles import read_battles
+    from app.evaluation.intervals import Resampling
+    from app.evaluation.judge_health import calibrate as calibration
+    from app.evaluation.report import calibration_table
+
+    found = calibration(
+        read_battles(str(human)), read_battles(str(judge)), judge_model=judge_model, resampling=Resampling(level)
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        Console().print(calibration_table(found))
+
+
 @cli.command()
 def bench(
     what: Annotated[Literal["train", "ablate"], typer.Argument(help="The trainer against TRL's, or its parts.")],

@@ -65,6 +65,7 @@ def test_the_help_lists_every_step_of_the_loop():
         "dashboard",
         "status",
         "ratings",
+        "judges",
         "bench",
     ]
     for name in steps:

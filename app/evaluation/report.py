@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.evaluation.gate import Measurements, RuleResult, Verdict
+from app.evaluation.judge_health import Calibration
 from app.evaluation.ratings import Figure, Ratings
 from app.evaluation.suites import WinRate
 
@@ -146,3 +147,29 @@ def _figure(figure: Figure, form: str) -> str:
     return " ".join(
         [f"{figure.value:{form}}", *(f"[{i.low:{form}}, {i.high:{form}}]" for i in intervals if i is not None)]
     )
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """Return a judge's calibration as a table for the terminal."""
+    title = f"{calibration.compared} pairs that humans and the judge labelled (only humans: {calibration.only_human}, only the judge: {calibration.only_judge})"
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in ("", "value", f"{calibration.kappa.level:.0%} interval", "pairs"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, estimate in (
+        ("agreement, ties included", calibration.agreement_with_ties),
+        ("agreement where both decide", calibration.agreement_without_ties),
+        ("Cohen's kappa", calibration.kappa),
+        ("ties, humans", calibration.human_ties),
+        ("ties, judge", calibration.judge_ties),
+        ("judge flips with the order", calibration.flips),
+        ("longer wins, humans", calibration.human_longer_wins),
+        ("longer wins, judge", calibration.judge_longer_wins),
+        ("judge's own answers win, humans", calibration.human_self_wins),
+        ("judge's own answers win, judge", calibration.judge_self_wins),
+    ):
+        if estimate.n:
+            interval = f"[{estimate.low:.3f}, {estimate.high:.3f}]"
+            table.add_row(name, f"{estimate.value:.3f}", interval, str(estimate.n))
+        else:
+            table.add_row(name, "not known", "", "0")
+    return table
