@@ -9,19 +9,17 @@ and with either `prompt` (or `question_id`), `rater` (or `judge`), `weight`, and
 `right_text`. Other columns are named, not used. This module does not know how battles are rated.
 """
 
-import csv
-import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from app.errors import DataError
+from app.evaluation.questions import read_answers
+from app.evaluation.rows import name_of, read_rows
 
 _SHAPES: Final = (
     ("left", "right", {"left": 1.0, "right": 0.0, "tie": 0.5}),
@@ -65,10 +63,11 @@ def read_battles(place: str) -> Battles:
         DataError: the file cannot be read, has no battles or other columns, or a row has an unknown winner, a model
             against itself, or a weight that is not above 0; names the row.
     """
-    rows = list(_rows(place))
-    if not rows:
+    placed = list(read_rows(place))
+    if not placed:
         msg = f"`{place}` holds no battles"
         raise DataError(msg)
+    rows = [row for _, row in placed]
     columns = rows[0].keys()
     shape = next((shape for shape in _SHAPES if {*shape[:2], "winner"} <= columns), None)
     if shape is None:
@@ -80,9 +79,8 @@ def read_battles(place: str) -> Battles:
     texts = _TEXTS if set(_TEXTS) <= columns else ()
     used = {left, right, "winner", prompt, rater, "weight", *texts}
     index: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        where = f"`{place}` row {number}"
-        sides = [_named(row, side, where) for side in (left, right)]
+    for where, row in placed:
+        sides = [name_of(row, (side,), where) for side in (left, right)]
         if sides[0] == sides[1]:
             msg = f"{where}: `{sides[0]}` stands against itself"
             raise DataError(msg)
@@ -96,9 +94,9 @@ def read_battles(place: str) -> Battles:
         left=np.array([index[str(row[left])] for row in rows], dtype=np.int64),
         right=np.array([index[str(row[right])] for row in rows], dtype=np.int64),
         points=np.array([points[row["winner"]] for row in rows], dtype=np.float64),
-        weights=np.array([_weight(row, f"`{place}` row {n}") for n, row in enumerate(rows, start=1)]),
-        prompts=_column(rows, prompt, place),
-        raters=_column(rows, rater, place),
+        weights=np.array([_weight(row, where) for where, row in placed]),
+        prompts=_column(placed, prompt),
+        raters=_column(placed, rater),
         texts=tuple((str(row[texts[0]]), str(row[texts[1]])) for row in rows) if texts else None,
         unused=tuple(name for name in columns if name not in used),
     )
@@ -108,20 +106,10 @@ def read_answer_texts(places: Sequence[str]) -> dict[tuple[str, str], str]:
     """Read answer files of Arena-Hard, JSONL also gzipped, into (model, prompt) -> text of the last turn.
 
     Raises:
-        DataError: a file cannot be read, or a row has no model, no question id or no answer; names the row.
+        DataError: a file cannot be read, holds several models, or a row has no id or no answer; names the row.
     """
-    texts: dict[tuple[str, str], str] = {}
-    for place in places:
-        for number, row in enumerate(_rows(place), start=1):
-            where = f"`{place}` row {number}"
-            model = _named(row, "model" if "model" in row else "model_id", where)
-            prompt = _named(row, "uid" if "uid" in row else "question_id", where)
-            text = _last_turn(row)
-            if text is None:
-                msg = f"{where}: no answer in `messages` or `choices`"
-                raise DataError(msg)
-            texts[model, prompt] = text
-    return texts
+    files = [read_answers(place) for place in places]
+    return {(file.model, prompt): turns[-1] for file in files for prompt, turns in file.turns.items()}
 
 
 def with_texts(battles: Battles, texts: Mapping[tuple[str, str], str]) -> Battles:
@@ -137,59 +125,11 @@ def with_texts(battles: Battles, texts: Mapping[tuple[str, str], str]) -> Battle
             msg = f"no answer of `{missing[0][0]}` to prompt `{missing[0][1]}` in the answer files"
             raise DataError(msg)
         joined.append((texts[sides[0]], texts[sides[1]]))
-    return Battles(
-        battles.models,
-        battles.left,
-        battles.right,
-        battles.points,
-        battles.weights,
-        battles.prompts,
-        battles.raters,
-        tuple(joined),
-        battles.unused,
-    )
+    return replace(battles, texts=tuple(joined))
 
 
-def _rows(place: str) -> Iterator[dict[str, Any]]:
-    try:
-        with fsspec.open(place, "rb", compression="infer") as stream:
-            content = stream.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        msg = f"no file at `{place}`"
-        raise DataError(msg) from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        msg = f"`{place}` cannot be read: {error}"
-        raise DataError(msg) from None
-    start = content.lstrip()[:1]
-    if start not in ("{", "["):
-        yield from csv.DictReader(io.StringIO(content, newline=""))
-        return
-    lines = [content] if start == "[" else [line for line in content.split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            msg = f"`{place}` row {number} is no JSON: {error}"
-            raise DataError(msg) from None
-        for row in found if isinstance(found, list) else [found]:
-            if not isinstance(row, dict):
-                msg = f"`{place}` row {number}: an object is needed, found {type(row).__name__}"
-                raise DataError(msg)
-            yield row
-
-
-def _column(rows: Sequence[dict[str, Any]], name: str | None, place: str) -> tuple[str, ...] | None:
-    if name is None:
-        return None
-    return tuple(_named(row, name, f"`{place}` row {n}") for n, row in enumerate(rows, start=1))
-
-
-def _named(row: dict[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str | int) or not str(value).strip():
-        msg = f"{where}: `{name}` must be a name, found {value!r}"
-        raise DataError(msg)
-    return str(value)
+def _column(placed: Sequence[tuple[str, dict[str, Any]]], name: str | None) -> tuple[str, ...] | None:
+    return None if name is None else tuple(name_of(row, (name,), where) for where, row in placed)
 
 
 def _weight(row: dict[str, Any], where: str) -> float:
@@ -202,13 +142,3 @@ def _weight(row: dict[str, Any], where: str) -> float:
         msg = f"{where}: `weight` must be a number above 0, found {value!r}"
         raise DataError(msg)
     return weight
-
-
-def _last_turn(row: dict[str, Any]) -> str | None:
-    turns: Any = [m.get("content") for m in row.get("messages") or [] if m.get("role") == "assistant"]
-    if not turns and row.get("choices"):
-        turns = row["choices"][0].get("turns")
-    last = turns[-1] if turns else None
-    if isinstance(last, dict):
-        last = last.get("answer") if "answer" in last else last.get("content")
-    return last if isinstance(last, str) else None

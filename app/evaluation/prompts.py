@@ -1,20 +1,17 @@
 """Prompt files: read them, join near-duplicates to clusters, split them into train and held-out.
 
-A prompt file is JSONL with `prompt` and optionally `id` and `cluster`. Where a prompt names no cluster, prompts whose
+A prompt file is JSONL, a JSON list or CSV with `prompt` and optionally `id` and `cluster`. Where a prompt names no cluster, prompts whose
 sets of 5-word runs overlap (MinHash) share one, so that no near-duplicate stands on both sides of a split and no
 interval counts it twice. This module does not know what the prompts are for.
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import fsspec
 
 from app.errors import DataError
+from app.evaluation.rows import read_rows
 from app.near_duplicates import cluster_texts
 from app.schemas import content_hash
 
@@ -56,10 +53,10 @@ def load_prompts(place: str) -> PromptFile:
     entries: dict[str, tuple[str, str | None]] = {}
     texts: set[str] = set()
     repeated = 0
-    for number, row in read_jsonl(place):
+    for where, row in read_rows(place):
         text = row.get("prompt")
         if not isinstance(text, str) or not text.strip():
-            msg = f"`{place}` line {number}: `prompt` must be text that is not empty, found {text!r}"
+            msg = f"{where}: `prompt` must be text that is not empty, found {text!r}"
             raise DataError(msg)
         if _plain(text) in texts:
             repeated += 1
@@ -68,7 +65,7 @@ def load_prompts(place: str) -> PromptFile:
         identity, cluster = row.get("id"), row.get("cluster")
         name = content_hash(text)[:16] if identity is None else str(identity)
         if name in entries:
-            msg = f"`{place}` line {number}: the id `{name}` is used by another prompt as well"
+            msg = f"{where}: the id `{name}` is used by another prompt as well"
             raise DataError(msg)
         entries[name] = (text, None if cluster is None else str(cluster))
     if not entries:
@@ -108,35 +105,6 @@ def split_prompts(prompts: Sequence[Prompt], *, held_out: int, min_train: int, s
         train=tuple(p for p in prompts if p.cluster not in chosen),
         held_out=tuple(p for p in prompts if p.cluster in chosen),
     )
-
-
-def read_jsonl(place: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file at a path or URI; blank lines are passed over.
-
-    Raises:
-        DataError: the file is missing or not UTF-8, or a line is no JSON object; names the line.
-    """
-    try:
-        with fsspec.open(place, "rb") as stream:
-            content = stream.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        msg = f"no file at `{place}`"
-        raise DataError(msg) from None
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"`{place}` cannot be read: {error}"
-        raise DataError(msg) from None
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            msg = f"`{place}` line {number} is no JSON: {error}"
-            raise DataError(msg) from None
-        if not isinstance(row, dict):
-            msg = f"`{place}` line {number}: an object is needed, found {type(row).__name__}"
-            raise DataError(msg)
-        yield number, row
 
 
 def _plain(text: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from app.errors import DataError
 from app.evaluation.intervals import Estimate, Resampling, mean_rate, mean_ratio
-from app.evaluation.prompts import read_jsonl
+from app.evaluation.rows import read_rows
 from app.evaluation.rules import Style
 from app.schemas import SCHEMA_VERSION, FinishReason, content_hash
 
@@ -175,7 +175,12 @@ def share_finished(answers: Sequence[Answer], *, resampling: Resampling) -> Esti
 
 def share_looping(answers: Sequence[Answer], *, resampling: Resampling) -> Estimate:
     """Return the share of answers that repeat themselves: at least 30 % of their 4-word runs occurred before."""
-    return _share(answers, lambda answer: repeated_share(answer.text) >= _LOOP_SHARE, resampling)
+    return _share(answers, lambda answer: loops(answer.text), resampling)
+
+
+def loops(text: str) -> bool:
+    """Say whether a text repeats itself: at least 30 % of its 4-word runs occurred before."""
+    return repeated_share(text) >= _LOOP_SHARE
 
 
 def repeated_share(text: str) -> float:
@@ -231,8 +236,7 @@ def load_golden(place: str) -> list[GoldenCase]:
         DataError: a line has another key, no prompt, no check, or a bad regex; names the line.
     """
     cases: list[GoldenCase] = []
-    for number, row in read_jsonl(place):
-        where = f"`{place}` line {number}"
+    for where, row in read_rows(place):
         unknown = sorted(row.keys() - {"id", "prompt", "must", "must_not"})
         if unknown:
             msg = f"{where}: unknown key `{unknown[0]}` (known: id, prompt, must, must_not)"

@@ -139,7 +139,7 @@ def test_style_counts_markdown_outside_of_code(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([("a", "b", "won")], ("left", "right", "winner"), "row 1: `winner` is 'won'"),
+        ([("a", "b", "won")], ("left", "right", "winner"), "line 2: `winner` is 'won'"),
         ([("a", "a", "left")], ("left", "right", "winner"), "stands against itself"),
         ([("a", "b", "left", "nan")], ("left", "right", "winner", "weight"), "`weight` must be a number above 0"),
         ([("a", "b", "left", "0")], ("left", "right", "winner", "weight"), "`weight` must be a number above 0"),
