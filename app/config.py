@@ -394,11 +394,49 @@ class JudgeSection(Section):
     )
 
 
+class ArenaHardSection(Section):
+    """Arena-Hard: both games on every question, against the answers of a baseline."""
+
+    questions: str = Field(..., description="JSONL of questions, as Arena-Hard has them.")
+    baseline: str | dict[str, str] = Field(..., description="JSONL of the baseline's answers, or one by category.")
+    max_questions: int | None = Field(None, ge=1, description="Use the first N questions.")
+
+
+class MtBenchSection(Section):
+    """MT-Bench: two turns, graded from 1 to 10, and in pairs against the champion."""
+
+    questions: str = Field(..., description="JSONL of questions, as FastChat has them.")
+    references: str | None = Field(None, description="JSONL of right answers, for questions that have one.")
+    max_questions: int | None = Field(None, ge=1, description="Use the first N questions.")
+
+
+class AlpacaSection(Section):
+    """AlpacaEval: win rate over given outputs, raw and at equal length."""
+
+    questions: str = Field(..., description="JSON of `instruction`, `input`, `output`, as AlpacaEval has them.")
+    max_questions: int | None = Field(None, ge=1, description="Use the first N instructions.")
+
+
+class RefusalSection(Section):
+    """XSTest: what is refused of safe and of unsafe requests."""
+
+    questions: str = Field(..., description="CSV of prompts, as XSTest has them.")
+    max_questions: int | None = Field(None, ge=2, description="Use N prompts, half of them safe.")
+
+
 class EvaluateSection(Section):
     """What the candidate is measured on."""
 
     prompts: str = Field(..., description="JSONL of held-out prompts (`prompt`, optional `id`, `cluster`).")
-    judge_rules: str = Field(..., description="JSON of rules that stand in for a judge: name, rules, edits.")
+    judge_rules: str | None = Field(
+        None, description="JSON of rules that stand in for a judge: name, rules, edits; this or `judge`."
+    )
+    judge: JudgeSection | None = Field(None, description="A model that judges; this or `judge_rules`.")
+    null_model_prompts: int | None = Field(None, ge=1, description="Prompts on which constant answers are judged.")
+    arena_hard: ArenaHardSection | None = Field(None, description="Suite; left out by default.")
+    mt_bench: MtBenchSection | None = Field(None, description="Suite; left out by default.")
+    alpaca: AlpacaSection | None = Field(None, description="Suite; left out by default.")
+    refusal: RefusalSection | None = Field(None, description="Suite; left out by default.")
     golden: str | None = Field(None, description="JSONL of golden prompts with `must` / `must_not` patterns.")
     neutral_text: str | None = Field(None, description="Text file for perplexity.")
     max_prompts: int | None = Field(None, ge=1, description="Use the first N prompts.")
@@ -406,6 +444,18 @@ class EvaluateSection(Section):
     batch_size: int = Field(16, ge=1, description="Answers generated together.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples of the prompt-cluster bootstrap.")
     gate: GateSection = GateSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvaluateSection":
+        if (self.judge is None) == (self.judge_rules is None):
+            given = "neither" if self.judge is None else "both"
+            msg = f"the win rate needs a judge: give `judge` or `judge_rules`, {given} is given"
+            raise ValueError(msg)
+        judged = [name for name in ("null_model_prompts", "arena_hard", "mt_bench", "alpaca") if getattr(self, name)]
+        if self.judge is None and judged:
+            msg = f"`{judged[0]}` needs a model that judges: add `judge`, rules do not read other people's questions"
+            raise ValueError(msg)
+        return self
 
 
 class ServingSection(Section):

@@ -1,8 +1,9 @@
-"""Greedy answers and perplexity of models, each model in a Ray actor of its own; what was generated once is kept.
+"""Answers and perplexity of models, each model in a Ray actor of its own; what was generated once is kept.
 
-Answers are an artifact keyed by weights, prompts, token limit, batch size and compute type, so the SFT model and the
-champion answer a prompt set once, not in every round. Prompts go in the order of their length, the same way every time.
-This module does not know what the answers are for.
+Answers are an artifact keyed by weights, questions, token limit, batch size and compute type, so the SFT model and the
+champion answer a set of questions once, not in every round. They are greedy, but where a question asks for a temperature;
+then they are drawn with a seed of its own. Questions go in the order of their length, the same way every time; those of
+several turns are asked turn by turn. This module does not know what the answers are for.
 """
 
 import functools
@@ -15,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from app.errors import PrefloopError
 from app.evaluation.perplexity import WINDOW, perplexity
-from app.evaluation.prompts import Prompt
+from app.evaluation.questions import Question
 from app.evaluation.suites import ANSWER_SCHEMA, Answer
 from app.generation import Completion, GenerationRequest, context_window, generate
 from app.ledger import ModelRow
@@ -30,7 +31,7 @@ _BATCHES_PER_CALL = 2
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated; greedy."""
+    """How answers are generated."""
 
     max_new_tokens: int
     batch_size: int
@@ -48,16 +49,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one model is asked for: answers to sets of prompts, and perplexity on a text."""
+    """What one model is asked for: answers to sets of questions, and perplexity on a text."""
 
     model: ModelRow
-    prompt_sets: tuple[tuple[Prompt, ...], ...]
+    sets: tuple[tuple[Question, ...], ...]
     neutral_text: str | None
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a model gave, in the order it was asked."""
+    """What a model gave, in the order it was asked; to each question an answer for each turn, one after the other."""
 
     answers: tuple[tuple[Answer, ...], ...]
     perplexity: float | None
@@ -79,24 +80,36 @@ class ModelActor:
         device = device_of(ray.get_gpu_ids())
         return load_model(Home.at(self._home_uri), self._model_id, dtype=self._dtype, device=device)
 
-    def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
-        """Answer prompts greedily; one that fills the model's context gets an empty answer that was cut."""
-        window = context_window(self._loaded.model)
-        requests: dict[str, GenerationRequest] = {}
-        for prompt in prompts:
-            ids = tuple(render_prompt(self._loaded.tokenizer, [Message("user", prompt.text)], None))
-            room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))
-            if room > 0:
-                requests[prompt.id] = GenerationRequest(ids, temperature=0.0, top_p=1.0, max_tokens=room, seed=0)
-        completions = generate(self._loaded, list(requests.values()), places=decoding.batch_size)
-        given = dict(zip(requests, completions, strict=True))
-        return [self._answer(prompt, given.get(prompt.id)) for prompt in prompts]
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[Answer]:
+        """Answer questions turn by turn; a turn that fills the model's context gets an empty answer that was cut."""
+        said: dict[str, list[Answer]] = {question.id: [] for question in questions}
+        for turn in range(max(len(question.turns) for question in questions)):
+            asked = [question for question in questions if len(question.turns) > turn]
+            requests = {q.id: request for q in asked if (request := self._request(q, said[q.id], decoding))}
+            completions = generate(self._loaded, list(requests.values()), places=decoding.batch_size)
+            given = dict(zip(requests, completions, strict=True))
+            for question in asked:
+                said[question.id].append(self._answer(question, turn + 1, given.get(question.id)))
+        return [answer for question in questions for answer in said[question.id]]
 
-    def _answer(self, prompt: Prompt, completion: Completion | None) -> Answer:
+    def _request(self, question: Question, said: Sequence[Answer], decoding: Decoding) -> GenerationRequest | None:
+        messages = [Message("user", question.turns[0])]
+        for answer, turn in zip(said, question.turns[1:], strict=False):
+            messages += [Message("assistant", answer.text), Message("user", turn)]
+        ids = tuple(render_prompt(self._loaded.tokenizer, messages, None))
+        window = context_window(self._loaded.model)
+        room = decoding.max_new_tokens if window is None else min(decoding.max_new_tokens, window - len(ids))
+        if room <= 0:
+            return None
+        seed = int(content_hash([question.id, len(said)])[:8], 16)
+        return GenerationRequest(ids, temperature=question.temperature, top_p=1.0, max_tokens=room, seed=seed)
+
+    def _answer(self, question: Question, turn: int, completion: Completion | None) -> Answer:
+        model_id = self._loaded.model_id
         if completion is None:
-            return Answer(prompt.id, prompt.cluster, "", FinishReason.LENGTH, 0, self._loaded.model_id)
+            return Answer(question.id, question.cluster, "", FinishReason.LENGTH, 0, model_id, turn)
         reason, tokens = str(completion.finish_reason), len(completion.token_ids)
-        return Answer(prompt.id, prompt.cluster, completion.text, reason, tokens, self._loaded.model_id)
+        return Answer(question.id, question.cluster, completion.text, reason, tokens, model_id, turn)
 
     def perplexity(self, text: str) -> float:
         """Return the perplexity on a text."""
@@ -120,7 +133,7 @@ def gather(
         decoding: token limit, batch size, compute type.
         resources: of one model's actor. Models run side by side where the cluster has room, else one after another.
         before_start: called once before the first model starts, and not where everything is kept from before.
-        on_progress: called with model id, answers done and answers to generate.
+        on_progress: called with model id, questions answered and questions to answer.
     """
     works = [_Work(home, entry, decoding) for entry in wanted]
     running: dict[Any, _Work] = {}
@@ -152,11 +165,11 @@ class _Work:
         self.home = home
         self.wanted = wanted
         self.decoding = decoding
-        self.artifacts = [self._answers_artifact(prompts) for prompts in wanted.prompt_sets]
+        self.artifacts = [self._answers_artifact(questions) for questions in wanted.sets]
         self.scored = self._perplexity_artifact()
         self.missing = [i for i, artifact in enumerate(self.artifacts) if not artifact.exists()]
         self.unscored = self.scored is not None and not self.scored.exists()
-        self.fresh: dict[int, dict[str, Answer]] = {}
+        self.fresh: dict[int, dict[str, list[Answer]]] = {}
         self.tasks: dict[Any, int | None] = {}
         self.done = self.total = 0
         self.actor: Any = None
@@ -175,8 +188,8 @@ class _Work:
         )
         for i in self.missing:
             self.fresh[i] = {}
-            self.total += len(self.wanted.prompt_sets[i])
-            by_length = sorted(self.wanted.prompt_sets[i], key=lambda p: (len(p.text), p.id))
+            self.total += len(self.wanted.sets[i])
+            by_length = sorted(self.wanted.sets[i], key=lambda q: (sum(map(len, q.turns)), q.id))
             together = _BATCHES_PER_CALL * self.decoding.batch_size
             for at in range(0, len(by_length), together):
                 self.tasks[self.actor.answer.remote(by_length[at : at + together], self.decoding)] = i
@@ -192,9 +205,12 @@ class _Work:
                 {"kind": "perplexity", "model": self.wanted.model.model_id, "perplexity": result}
             )
         else:
-            self.fresh[which].update({answer.prompt_id: answer for answer in result})
-            self.done += len(result)
-            if len(self.fresh[which]) == len(self.wanted.prompt_sets[which]):
+            answered = self.fresh[which]
+            before = len(answered)
+            for answer in result:
+                answered.setdefault(answer.prompt_id, []).append(answer)
+            self.done += len(answered) - before
+            if len(answered) == len(self.wanted.sets[which]):
                 self._keep(which)
         if not self.tasks:
             # Its CPUs are for the next model, which may be waiting for them.
@@ -211,17 +227,16 @@ class _Work:
 
     def _keep(self, which: int) -> None:
         artifact = self.artifacts[which]
-        ordered = [self.fresh[which][prompt.id] for prompt in self.wanted.prompt_sets[which]]
+        ordered = [answer for question in self.wanted.sets[which] for answer in self.fresh[which][question.id]]
         artifact.write_rows(map(asdict, ordered), ANSWER_SCHEMA, rows_per_file=_ROWS_PER_FILE)
         model = self.wanted.model
         artifact.write_manifest(
             {"kind": "answers", "model": model.model_id, "digest": model.digest, **asdict(self.decoding)}
         )
 
-    def _answers_artifact(self, prompts: Sequence[Prompt]) -> Artifact:
-        key = content_hash(
-            ["answers", self.wanted.model.digest, [[p.id, p.cluster, p.text] for p in prompts], asdict(self.decoding)]
-        )
+    def _answers_artifact(self, questions: Sequence[Question]) -> Artifact:
+        asked = [[q.id, q.cluster, list(q.turns), q.temperature] for q in questions]
+        key = content_hash(["answers/2", self.wanted.model.digest, asked, asdict(self.decoding)])
         return self.home.artifact("answers", key)
 
     def _perplexity_artifact(self) -> Artifact | None:

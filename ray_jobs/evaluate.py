@@ -2,14 +2,16 @@
 
     python -m ray_jobs.evaluate RECIPE.yaml [--set a.b=c] [--model ID]
 
-The models answer greedily in Ray actors (`ray_jobs.answers`); measuring and deciding is `app.evaluation`. The verdict
-is stored in the ledger, bound to the digest of the weights, and as JSON and Markdown under `evaluations/ID`. The same
-inputs again return the stored verdict. Exit code 3: the gate holds.
+The models answer in Ray actors (`ray_jobs.answers`); then a judge behind an endpoint, where the recipe names one, is
+asked what the suites want to know; measuring and deciding is `app.evaluation`. The verdict is stored in the ledger,
+bound to the digest of the weights, and as JSON and Markdown under `evaluations/ID`. The same inputs again return the
+stored verdict, unless the judge owes an answer: then it is asked for that alone. Exit code 3: the gate holds.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,13 +22,25 @@ from rich.console import Console
 from app.config import EvaluateSection, Recipe
 from app.errors import HOLD_EXIT_CODE, DataError
 from app.evaluation import suites
+from app.evaluation.battery import (
+    NullModelSuite,
+    Role,
+    Said,
+    Suite,
+    SuiteResult,
+    WinRateSuite,
+    build_battery,
+    health_of,
+)
 from app.evaluation.gate import Measurements, Sides, decide
+from app.evaluation.intervals import Estimate, Resampling
+from app.evaluation.judges import EndpointJudge
 from app.evaluation.learning import reward_accuracy
 from app.evaluation.prompts import Prompt, load_prompts
-from app.evaluation.intervals import Estimate, Resampling
+from app.evaluation.questions import Question
 from app.evaluation.report import EvaluationReport
 from app.evaluation.rules import Style, load_style
-from app.evaluation.suites import Answer, GoldenCase, RuleJudge
+from app.evaluation.suites import Answer, GoldenCase, RuleJudge, WinRate
 from app.ledger import EvaluationRow, Ledger, ModelRow, RunRow, now
 from app.models import ensure_sft
 from app.schemas import content_hash
@@ -37,14 +51,22 @@ from ray_jobs.session import Session, ray_cluster, require_room, run_job
 from ray_jobs.worker import held_out_measures
 
 _SEED = 0
+_PROMPTS = "prompts"
+_GOLDEN = "golden"
+
+
+_Named = tuple[Given, tuple[str, ...]]
+"""What a model gave, and the names of its sets of questions in the same order."""
 
 
 @dataclass(frozen=True)
 class Material:
     """What the recipe names to measure on, read before any model is loaded."""
 
-    prompts: tuple[Prompt, ...]
-    style: Style
+    prompts: tuple[Question, ...]
+    style: Style | None
+    judge: EndpointJudge | None
+    suites: tuple[Suite, ...]
     golden: tuple[GoldenCase, ...]
     neutral_text: str | None
 
@@ -77,29 +99,36 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     identity = _identity(deployment, candidate, champion, sft, material, section, decoding, accuracy)
     with ledger.read() as session:
         known = session.get(EvaluationRow, identity)
-    if known is not None:
+    if known is not None and not _owed(known):
         return _asked_again(ledger, identity)
-    given = _answers(home, recipe, material, decoding, candidate, champion, sft)
-    measurements = _measure(
-        given[candidate.model_id], given[champion.model_id], given[sft.model_id], material, resampling, accuracy
-    )
+    roles: dict[Role, ModelRow] = {"candidate": candidate, "champion": champion, "sft": sft}
+    given = _answers(home, recipe, material, decoding, roles)
+    results, unanswered = _judge(ledger, material, roles, given, resampling)
+    measurements = _measure(material, roles, given, results, resampling, accuracy)
     report = EvaluationReport(
         evaluation_id=identity,
         model_id=candidate.model_id,
         champion_id=champion.model_id,
         sft_id=sft.model_id,
-        judge=_judge_name(recipe, material.style),
+        judge=_judge_name(recipe, material),
         prompts=section.prompts,
         level=section.gate.level,
         measurements=measurements,
+        suites=results,
+        unanswered=unanswered,
         verdict=decide(measurements, section.gate),
     )
-    artifacts = {name: g.artifacts for name, g in given.items()}
+    artifacts = {name: g.artifacts for name, (g, _) in given.items()}
     return _store(home, ledger, report, deployment, candidate, run_id, artifacts)
 
 
 def read_material(section: EvaluateSection) -> Material:
-    """Read everything that an evaluation needs beside models; raises DataError where something cannot be read."""
+    """Read everything that an evaluation needs beside models.
+
+    Raises:
+        DataError: something cannot be read.
+        RecipeError: the judge's key is not in the environment.
+    """
     neutral = None
     if section.neutral_text is not None:
         try:
@@ -108,12 +137,19 @@ def read_material(section: EvaluateSection) -> Material:
         except (OSError, UnicodeDecodeError) as error:
             msg = f"neutral text `{section.neutral_text}` cannot be read: {error}"
             raise DataError(msg) from None
+    prompts = tuple(_question(p) for p in load_prompts(section.prompts).prompts[: section.max_prompts])
     return Material(
-        prompts=load_prompts(section.prompts).prompts[: section.max_prompts],
-        style=load_style(section.judge_rules),
+        prompts=prompts,
+        style=None if section.judge_rules is None else load_style(section.judge_rules),
+        judge=None if section.judge is None else EndpointJudge(section.judge),
+        suites=tuple(build_battery(section, prompts)),
         golden=() if section.golden is None else tuple(suites.load_golden(section.golden)),
         neutral_text=neutral,
     )
+
+
+def _question(prompt: Prompt) -> Question:
+    return Question(prompt.id, prompt.cluster, "", (prompt.text,))
 
 
 def _model(ledger: Ledger, model_id: str) -> ModelRow:
@@ -144,8 +180,10 @@ def _identity(
     content = [
         deployment,
         [candidate.digest, champion.digest, sft.digest],
-        [[p.id, p.cluster, p.text] for p in material.prompts],
-        [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
+        [[q.id, q.cluster, *q.turns] for q in material.prompts],
+        None if material.style is None else [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
+        None if material.judge is None else material.judge.settings,
+        [repr(suite) for suite in material.suites],
         [[g.id, g.prompt, [p.pattern for p in g.must], [p.pattern for p in g.must_not]] for g in material.golden],
         material.neutral_text,
         section.gate.model_dump(mode="json"),
@@ -156,26 +194,34 @@ def _identity(
     return f"evaluation-{content_hash(content)[:16]}"
 
 
+def _owed(row: EvaluationRow) -> bool:
+    """Say whether the judge did not reply to everything when this was measured."""
+    return bool(row.report.get("unanswered"))
+
+
 def _answers(
-    home: Home,
-    recipe: Recipe,
-    material: Material,
-    decoding: Decoding,
-    candidate: ModelRow,
-    champion: ModelRow,
-    sft: ModelRow,
-) -> dict[str, Given]:
-    golden = tuple(Prompt(case.id, case.prompt, case.id) for case in material.golden)
-    models = {row.model_id: row for row in (candidate, champion, sft)}
-    compared = {candidate.model_id, champion.model_id}
-    wanted = [
-        Wanted(
-            model=row,
-            prompt_sets=(material.prompts, golden) if golden and name == candidate.model_id else (material.prompts,),
-            neutral_text=material.neutral_text if name in compared else None,
+    home: Home, recipe: Recipe, material: Material, decoding: Decoding, roles: dict[Role, ModelRow]
+) -> dict[str, _Named]:
+    """Return by model id what it gave, and the names of the sets of questions in the same order."""
+    golden = tuple(Question(case.id, case.id, "", (case.prompt,)) for case in material.golden)
+    models = {row.model_id: row for row in roles.values()}
+    wanted, names = [], []
+    for model_id, row in models.items():
+        held = {role for role, of_role in roles.items() if of_role.model_id == model_id}
+        sets = {_PROMPTS: material.prompts}
+        if golden and "candidate" in held:
+            sets[_GOLDEN] = golden
+        for suite in material.suites:
+            if held & set(suite.roles) and not _asks_prompts(suite, material):
+                sets[suite.name] = suite.questions
+        names.append(tuple(sets))
+        wanted.append(
+            Wanted(
+                model=row,
+                sets=tuple(sets.values()),
+                neutral_text=material.neutral_text if held & {"candidate", "champion"} else None,
+            )
         )
-        for name, row in models.items()
-    ]
     workers = recipe.workers
     resources = Resources(
         cpus=workers.cpus_per_worker,
@@ -192,43 +238,96 @@ def _answers(
             before_start=lambda: require_room(workers, 1),
             on_progress=lambda model_id, done, total: meter.show(f"evaluate: answers of {model_id}", done, total),
         )
-    return dict(zip(models, given, strict=True))
+    return {model_id: (g, n) for model_id, g, n in zip(models, given, names, strict=True)}
+
+
+def _asks_prompts(suite: Suite, material: Material) -> bool:
+    """Say whether a suite asks the recipe's own prompts, which every model answers anyway."""
+    return {q.id for q in suite.questions} <= {q.id for q in material.prompts} and suite.name in (
+        WinRateSuite.name,
+        NullModelSuite.name,
+    )
+
+
+def _said(given: dict[str, _Named], row: ModelRow, name: str) -> Said:
+    of_model, names = given[row.model_id]
+    turns: dict[str, list[Answer]] = {}
+    for answer in of_model.answers[names.index(name)]:
+        turns.setdefault(answer.prompt_id, []).append(answer)
+    return Said(row.model_id, {question: tuple(answers) for question, answers in turns.items()})
+
+
+def _judge(
+    ledger: Ledger,
+    material: Material,
+    roles: dict[Role, ModelRow],
+    given: dict[str, _Named],
+    resampling: Resampling,
+) -> tuple[dict[str, SuiteResult], dict[str, int]]:
+    """Ask the judge what all suites want to know, at once, and let them measure; count by reason what it did not answer."""
+    said = {
+        suite.name: {
+            role: _said(given, roles[role], _PROMPTS if _asks_prompts(suite, material) else suite.name)
+            for role in suite.roles
+        }
+        for suite in material.suites
+    }
+    judged = None
+    if material.judge is not None:
+        tasks = [task for suite in material.suites for task in suite.tasks(said[suite.name])]
+        with Meter(Console()) as meter:
+            judged = material.judge.judge(
+                ledger, tasks, on_progress=lambda done, total: meter.show("evaluate: judgements", done, total)
+            )
+    results = {suite.name: suite.measure(said[suite.name], judged, resampling) for suite in material.suites}
+    return results, dict(Counter(() if judged is None else judged.failures.values()))
 
 
 def _measure(
-    candidate: Given,
-    champion: Given,
-    sft: Given,
     material: Material,
+    roles: dict[Role, ModelRow],
+    given: dict[str, _Named],
+    results: dict[str, SuiteResult],
     resampling: Resampling,
     accuracy: Estimate | None,
 ) -> Measurements:
-    judge = RuleJudge(material.style)
-    texts = {prompt.id: prompt.text for prompt in material.prompts}
-    mine, theirs, base = candidate.answers[0], champion.answers[0], sft.answers[0]
+    texts = {question.id: question.turns[0] for question in material.prompts}
+    candidate, champion = given[roles["candidate"].model_id][0], given[roles["champion"].model_id][0]
+    mine, theirs, base = (given[roles[role].model_id][0].answers[0] for role in ("candidate", "champion", "sft"))
 
     def both(number: Callable[[tuple[Answer, ...]], float]) -> Sides:
         return Sides(number(mine), number(theirs))
 
+    def win_rate(role: Role, baseline: tuple[Answer, ...]) -> WinRate:
+        if material.style is not None:
+            return suites.win_rate(mine, baseline, RuleJudge(material.style), resampling=resampling)
+        return suites.judged_win_rate(mine, baseline, results[WinRateSuite.name].outcomes[role], resampling=resampling)
+
+    golden_answers = candidate.answers[1] if material.golden else ()
     return Measurements(
-        over_champion=suites.win_rate(mine, theirs, judge, resampling=resampling),
-        over_sft=suites.win_rate(mine, base, judge, resampling=resampling),
+        over_champion=win_rate("champion", theirs),
+        over_sft=win_rate("sft", base),
         length_ratio=suites.length_ratio(mine, theirs, resampling=resampling),
         finished=both(lambda answers: suites.share_finished(answers, resampling=resampling).value),
         looping=both(lambda answers: suites.share_looping(answers, resampling=resampling).value),
         distinct=both(suites.share_distinct),
         relevance=both(lambda answers: suites.relevance(answers, texts, seed=_SEED)),
-        golden=tuple(suites.check_golden(material.golden, candidate.answers[1])) if material.golden else None,
+        golden=tuple(suites.check_golden(material.golden, golden_answers)) if material.golden else None,
         perplexity=None
         if candidate.perplexity is None or champion.perplexity is None
         else Sides(candidate.perplexity, champion.perplexity),
         reward_accuracy=accuracy,
+        judge=health_of(results, resampling),
+        null_model=tuple(results[NullModelSuite.name].metrics) if NullModelSuite.name in results else None,
         n_prompts=len(mine),
     )
 
 
-def _judge_name(recipe: Recipe, style: Style) -> str:
-    name = f"the rules of style `{style.name}`"
+def _judge_name(recipe: Recipe, material: Material) -> str:
+    if material.style is None:
+        assert material.judge is not None  # noqa: S101  the recipe has one of both
+        return material.judge.name
+    name = f"the rules of style `{material.style.name}`"
     if (
         recipe.collect is not None
         and recipe.evaluate is not None
@@ -271,7 +370,8 @@ def _store(
         created_at=now(),
     )
     with ledger.write() as session:
-        session.add(row)
+        # It is there already where the judge owed answers the last time.
+        session.merge(row)
     Console().print(report.as_card())
     return row
 

@@ -13,8 +13,11 @@ from typing import Literal
 
 from app.config import GateSection
 from app.evaluation.intervals import Estimate, needed_clusters
+from app.evaluation.judge_health import FEWEST_READABLE, JudgeHealth
+from app.evaluation.metrics import Metric
 from app.evaluation.suites import GoldenResult, WinRate
 
+_NULL_MODEL = 0.5
 Decision = Literal["SHIP", "HOLD"]
 Comparison = Literal[">", ">=", "<="]
 
@@ -42,6 +45,10 @@ class Measurements:
     perplexity: Sides | None
     reward_accuracy: Estimate | None
     n_prompts: int
+    judge: JudgeHealth | None = None
+    """None: rules judge, or nothing was compared."""
+    null_model: tuple[Metric, ...] | None = None
+    """Win rates of constant answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,10 @@ def decide(measurements: Measurements, section: GateSection) -> Verdict:
 
 def _rules(m: Measurements, section: GateSection) -> Iterable[RuleResult]:
     yield _prompts(m, section)
+    if m.judge is not None:
+        yield _judge(m.judge)
+    if m.null_model is not None:
+        yield _null_model(m.null_model)
     yield _win_rate("win_rate_over_champion", "the champion", m.over_champion, section.win_rate_over_champion)
     yield _win_rate("win_rate_over_sft", "the SFT model", m.over_sft, section.win_rate_over_sft)
     if section.reward_accuracy_over is not None:
@@ -143,6 +154,50 @@ def _prompts(m: Measurements, section: GateSection) -> RuleResult:
         reason += f", {section.min_prompts} are needed: {section.min_prompts - judged} more"
     return RuleResult(
         "min_prompts", "judged prompts", float(judged), None, None, judged, ">=", section.min_prompts, passed, reason
+    )
+
+
+def _judge(health: JudgeHealth) -> RuleResult:
+    reason = "the judge is unusable: " + "; ".join(health.reasons) if health.reasons else ""
+    reason = (
+        reason
+        or f"{health.readable:.0%} of the judge's verdicts can be read, {health.flips.value:.0%} of its pairs flip with the order"
+    )
+    return RuleResult(
+        "judge",
+        "readable verdicts",
+        health.readable,
+        None,
+        None,
+        health.comparisons,
+        ">=",
+        FEWEST_READABLE,
+        health.usable,
+        reason,
+    )
+
+
+def _null_model(rates: Sequence[Metric]) -> RuleResult:
+    worst = max(rates, key=lambda rate: 1.0 if rate.high is None else rate.high)
+    name = worst.name.removeprefix("null_model.")
+    if worst.value is None or worst.high is None:
+        reason = f"how the judge treats the constant answer `{name}` could not be measured: {worst.note}"
+        return RuleResult("null_model", "win rate of a constant", None, None, None, 0, "<=", _NULL_MODEL, False, reason)
+    passed = worst.high < _NULL_MODEL
+    reason = f"the constant answer `{name}` wins {worst.value:.1%} against the SFT model"
+    if not passed:
+        reason += f"; its upper bound {worst.high:.1%} is not below {_NULL_MODEL:.0%}: the judge does not tell it from an answer"
+    return RuleResult(
+        "null_model",
+        "win rate of a constant",
+        worst.value,
+        worst.low,
+        worst.high,
+        worst.n,
+        "<=",
+        _NULL_MODEL,
+        passed,
+        reason,
     )
 
 

@@ -1,8 +1,9 @@
 """Whether a judge can be believed: by itself, and held against human labels.
 
 By itself: does it give verdicts at all, do they survive a swap of the sides, does it see differences, does it prefer
-whatever is longer. A judge that cannot be read, or whose two games on a prompt agree no better than chance, is
-*unusable*, and so is every number from it. Against humans: agreement with and without ties as in MT-Bench (an
+whatever is longer. Whoever does not read the answers and says A, B or tie with chances of its own names the same winner
+in both orders with 2 P(A) P(B), and another in each with P(A)^2 + P(B)^2, which is at least as much. So a judge whose
+decided pairs do not outnumber its flips, or that cannot be read at all, is *unusable*, and so is every number from it. Against humans: agreement with and without ties as in MT-Bench (an
 inconsistent pair counts as a tie in the first, and in the second only where both decided), Cohen's kappa, and whether it
 prefers its own answers more than humans do. This module asks nobody.
 """
@@ -52,8 +53,8 @@ class JudgeHealth:
     """Share of complete comparisons in which each game has another winner."""
     first_wins_of_flips: float | None
     """Share of them that whoever stood first won; 0.5 is no preference for a place."""
-    order_kappa: Estimate
-    """Agreement of the two games beyond chance: 1 is perfect, 0 is what a judge gets who does not read."""
+    beyond_order: Estimate
+    """(1 + decided alike in both orders - flips) / 2: 1 is perfect, at most 0.5 is what a judge gets who does not read."""
     longer_wins: Estimate
     """Share of decided comparisons with answers of different length that the longer one won."""
     usable: bool
@@ -74,26 +75,25 @@ def judge_health(
     read = sum((c.games.as_a is not None) + (c.games.as_b is not None) for c in comparisons)
     counted = {**failures, "unreadable": asked - read - sum(failures.values())}
     complete = [c for c in comparisons if c.games.complete]
-    clusters = [c.cluster for c in complete]
 
     def share(holds: Sequence[bool], rows: Sequence[Comparison]) -> Estimate:
         return mean_rate([float(h) for h in holds], [c.cluster for c in rows], resampling=resampling)
 
     flips = [c for c in complete if c.games.flipped]
     unequal = [c for c in complete if c.games.outcome and c.candidate_length != c.baseline_length]
-    order = kappa(
-        [_outcome(c.games.as_b) for c in complete],
-        [_outcome(c.games.as_a) for c in complete],
-        clusters,
+    beyond_order = mean_rate(
+        [(1 + bool(c.games.outcome) - c.games.flipped) / 2 for c in complete],
+        [c.cluster for c in complete],
         resampling=resampling,
     )
     readable = read / asked if asked else 0.0
     reasons = []
     if readable < FEWEST_READABLE:
         reasons.append(f"only {readable:.0%} of its verdicts can be read ({FEWEST_READABLE:.0%} are needed)")
-    if complete and order.low <= 0:
+    if complete and beyond_order.low <= 0.5:
+        decided = sum(bool(c.games.outcome) for c in complete)
         reasons.append(
-            f"its two games on a prompt agree no better than chance (kappa {order.value:.2f} [{order.low:.2f}, {order.high:.2f}]): it does not read the answers, or sees no difference"
+            f"of {len(complete)} pairs it decides {decided} alike in both orders and flips {len(flips)}, no more than chance gives: it does not read the answers, or sees no difference"
         )
     if not comparisons:
         reasons.append("it was asked nothing")
@@ -104,7 +104,7 @@ def judge_health(
         ties=share([c.games.consistent and c.games.outcome == 0 for c in complete], complete),
         flips=share([c.games.flipped for c in complete], complete),
         first_wins_of_flips=float(np.mean([c.games.first_position_won for c in flips])) if flips else None,
-        order_kappa=order,
+        beyond_order=beyond_order,
         longer_wins=share(
             [(c.games.outcome == 1) == (c.candidate_length > c.baseline_length) for c in unequal], unequal
         ),
@@ -242,11 +242,6 @@ def kappa(first: Sequence[int], second: Sequence[int], clusters: Sequence[str], 
     tail = expanded_tail(resampling.level, units)
     low, high = np.quantile(of(draws @ tables), [tail, 1 - tail])
     return Estimate(value, float(low), float(high), resampling.level, len(cells), units, "bootstrap")
-
-
-def _outcome(strength: int | None) -> int:
-    assert strength is not None  # noqa: S101  asked of complete comparisons only
-    return (strength > 0) - (strength < 0)
 
 
 def _labels(battles: Battles, whose: str, rule: Callable[[Sequence[float]], int]) -> dict[tuple[str, str, str], _Label]:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import openai
 from openai.types.chat import ChatCompletionMessageParam
@@ -68,10 +68,14 @@ class EndpointJudge:
         """Name the judge as reports do."""
         return f"{self.section.model} at {self.section.url}"
 
+    @property
+    def settings(self) -> list[Any]:
+        """Who judges and how: what a judgement depends on beside its task."""
+        return [self.section.url, self.section.model, self.section.temperature, self.section.max_tokens]
+
     def identity(self, task: JudgeTask) -> str:
         """Return the key of a judgement: who judges, how, and what."""
-        section = self.section
-        return content_hash([section.url, section.model, section.temperature, section.max_tokens, task.key])
+        return content_hash([*self.settings, task.key])
 
     def judge(
         self, ledger: Ledger, tasks: Sequence[JudgeTask], *, on_progress: Callable[[int, int], None] = lambda *_: None

@@ -4,7 +4,8 @@ The three say the same: the verdict, every rule with value, interval, n and thre
 tables of ratings are here too. This module measures and decides nothing.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group
@@ -12,8 +13,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from app.evaluation.battery import SuiteResult
 from app.evaluation.gate import Measurements, RuleResult, Verdict
-from app.evaluation.judge_health import Calibration
+from app.evaluation.judge_health import Calibration, JudgeHealth
+from app.evaluation.metrics import Metric
 from app.evaluation.ratings import Figure, Ratings
 from app.evaluation.suites import WinRate
 
@@ -31,6 +34,10 @@ class EvaluationReport:
     prompts: str
     level: float
     measurements: Measurements
+    suites: Mapping[str, SuiteResult]
+    """What the suites measured, by name."""
+    unanswered: Mapping[str, int]
+    """Tasks to which the judge gave no reply, by reason; the same evaluation again asks for them."""
     verdict: Verdict
 
     def as_json(self) -> dict[str, Any]:
@@ -38,7 +45,11 @@ class EvaluationReport:
         over = self.measurements.over_champion
         golden = self.measurements.golden
         return {
-            **asdict(self),
+            **{name: value for name, value in asdict(replace(self, suites={})).items() if name != "suites"},
+            "suites": {
+                name: {"metrics": [asdict(metric) for metric in result.metrics], "detail": result.detail}
+                for name, result in self.suites.items()
+            },
             "verdict": self.verdict.decision,
             "rules": [asdict(rule) for rule in self.verdict.rules],
             "reasons": list(self.verdict.reasons),
@@ -69,9 +80,17 @@ class EvaluationReport:
             _counts("champion", self.measurements.over_champion),
             _counts("SFT", self.measurements.over_sft),
         ]
+        if self.suites:
+            lines += ["", "| suite | value | interval | n | |", "|---|---|---|---|---|"]
+            lines += [f"| {' | '.join(_metric_cells(metric))} |" for metric in self._metrics()]
+        if self.measurements.judge is not None:
+            lines += ["", _health(self.measurements.judge)]
         if self.verdict.reasons:
             lines += ["", "It holds because:", "", *(f"- {reason}" for reason in self.verdict.reasons)]
         return "\n".join(lines) + "\n"
+
+    def _metrics(self) -> list[Metric]:
+        return [metric for result in self.suites.values() for metric in result.metrics]
 
     def as_card(self) -> Panel:
         """Return the verdict card for the terminal."""
@@ -81,16 +100,41 @@ class EvaluationReport:
             table.add_column(heading, justify="left" if heading in ("rule", "wanted", "") else "right")
         for rule in self.verdict.rules:
             table.add_row(*map(Text, _cells(rule)), style="" if rule.passed else "bold red")
+        measured = Table(box=None, pad_edge=False)
+        for heading in ("suite", "value", "interval", "n"):
+            measured.add_column(heading, justify="left" if heading == "suite" else "right")
+        for metric in self._metrics():
+            measured.add_row(*map(Text, _metric_cells(metric)[:-1]))
+        health = [] if self.measurements.judge is None else [Text(_health(self.measurements.judge), style="dim")]
         notes = [Text(reason, style="red") for reason in self.verdict.reasons]
         below = Text(
             f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)}",
             style="dim",
         )
         return Panel(
-            Group(table, *notes, below),
+            Group(table, *([measured] if self.suites else []), *notes, *health, below),
             title=Text(f"{self.verdict.decision}  {self.model_id}", style="bold green" if ships else "bold red"),
             border_style="green" if ships else "red",
         )
+
+
+def _metric_cells(metric: Metric) -> tuple[str, str, str, str, str]:
+    interval = "" if metric.low is None or metric.high is None else f"{metric.low:.3f} to {metric.high:.3f}"
+    value = "not measured" if metric.value is None else f"{metric.value:.3f}"
+    return metric.name, value, interval, str(metric.n), metric.note
+
+
+def _health(health: JudgeHealth) -> str:
+    failures = ", ".join(f"{count} {reason}" for reason, count in health.failures.items()) or "none"
+    first = (
+        ""
+        if health.first_wins_of_flips is None
+        else f", whoever stood first won {health.first_wins_of_flips:.0%} of them"
+    )
+    return (
+        f"The judge: {health.readable:.0%} of its verdicts read (without one: {failures}); ties {health.ties.value:.0%}, "
+        f"flips {health.flips.value:.0%}{first}; the longer answer won {health.longer_wins.value:.0%}."
+    )
 
 
 def _cells(rule: RuleResult) -> tuple[str, str, str, str, str, str]:

@@ -30,6 +30,7 @@ ANSWER_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("n_tokens", pa.int32()),
         ("model_id", pa.string()),
+        ("turn", pa.int32()),
     ],
     metadata={"prefloop.kind": "answers", "prefloop.schema_version": str(SCHEMA_VERSION)},
 )
@@ -51,6 +52,7 @@ class Answer:
     finish_reason: str
     n_tokens: int
     model_id: str
+    turn: int = 1
 
     @property
     def valid(self) -> bool:
@@ -148,6 +150,31 @@ def win_rate(
         invalid_candidate=invalid_candidate,
         invalid_baseline=invalid_baseline,
         if_invalid_lost=sum(points) / judged if judged else 0.5,
+    )
+
+
+def judged_win_rate(
+    candidate: Sequence[Answer],
+    baseline: Sequence[Answer],
+    outcomes: Mapping[str, int | None],
+    *,
+    resampling: Resampling,
+) -> WinRate:
+    """Return the win rate from a judge's outcomes by prompt: 1, 0, -1; without one, the comparison is left out."""
+    kept = [
+        (mine, other) for mine, other in _same_prompts(candidate, baseline) if outcomes.get(mine.prompt_id) is not None
+    ]
+    invalid = [(mine, other) for mine, other in _same_prompts(candidate, baseline) if not (mine.valid and other.valid)]
+    points = [(1 + (outcomes[mine.prompt_id] or 0)) / 2 for mine, _ in kept]
+    spoilt = sum(other.valid for _, other in invalid)
+    return WinRate(
+        estimate=mean_rate(points, [mine.cluster for mine, _ in kept], resampling=resampling),
+        wins=points.count(1.0),
+        ties=points.count(0.5),
+        losses=points.count(0.0),
+        invalid_candidate=spoilt,
+        invalid_baseline=len(invalid) - spoilt,
+        if_invalid_lost=sum(points) / (len(points) + spoilt) if points or spoilt else 0.5,
     )
 
 

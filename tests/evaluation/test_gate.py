@@ -193,7 +193,9 @@ def test_drift_without_meaning_rarely_passes_the_two_independent_controls():
 
 def test_the_report_says_the_same_in_json_markdown_and_on_the_card():
     held = replace(GOOD, length_ratio=estimate(1.6, 1.5, 1.7))
-    report = EvaluationReport("e", "new-1", "sft-1", "sft-1", "rules", "p.jsonl", 0.95, held, decide(held, GATE))
+    report = EvaluationReport(
+        "e", "new-1", "sft-1", "sft-1", "rules", "p.jsonl", 0.95, held, {}, {}, decide(held, GATE)
+    )
     content = report.as_json()
     assert content["verdict"] == "HOLD"
     assert content["figures"]["length_ratio"] == 1.6

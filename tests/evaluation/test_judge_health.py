@@ -30,14 +30,19 @@ def test_a_judge_that_reads_is_usable_and_its_habits_are_told():
     assert (health.ties.value, health.flips.value, health.first_wins_of_flips) == (5 / 50, 8 / 50, 6 / 8)
     # The candidate's answers are shorter, and win 20 of 35 decided comparisons.
     assert (health.longer_wins.value, health.longer_wins.n) == (pytest.approx(15 / 35), 35)
-    assert health.order_kappa.low > 0.3
+    assert health.beyond_order.low > 0.5
+
+
+def test_a_judge_that_sees_one_side_win_always_is_usable_and_three_such_pairs_prove_nothing():
+    assert judge_health(comparisons([(-1, 1)] * 30), {}, resampling=QUICK).usable
+    assert not judge_health(comparisons([(-1, 1)] * 3), {}, resampling=QUICK).usable
 
 
 @pytest.mark.parametrize("verdict", [1, -1, 0])
 def test_a_judge_that_always_says_the_same_is_unusable(verdict):
     health = judge_health(comparisons([(verdict, verdict)] * 50), {}, resampling=QUICK)
     assert not health.usable
-    assert "no better than chance" in health.reasons[0]
+    assert "no more than chance" in health.reasons[0]
 
 
 def test_a_judge_that_guesses_is_unusable():

@@ -14,7 +14,8 @@ import torch
 from app.config import parse_recipe
 from app.errors import DataError, ModelError
 from app.evaluation.perplexity import perplexity
-from app.evaluation.prompts import Prompt, load_prompts
+from app.evaluation.prompts import load_prompts
+from app.evaluation.questions import Question
 from app.generation import GenerationRequest, generate
 from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import Lineage, load_model, load_tokenizer, register_folder, render_prompt
@@ -163,7 +164,7 @@ def test_a_prompt_that_fills_the_context_gets_an_answer_that_was_cut_and_a_long_
     home, _, _, sft, _ = stage
     actor = answers_module.ModelActor(home.uri, sft.model_id, "float32", 1)
     texts = {"fits": "hello", "long": "x" * (2048 - 60), "longer": "x" * 4000}
-    prompts = [Prompt(name, text, name) for name, text in texts.items()]
+    prompts = [Question(name, name, "", (text,)) for name, text in texts.items()]
     fits, long, longer = actor.answer(prompts, answers_module.Decoding(64, 2, "float32"))
     window = 2048
     spent = len(render_prompt(load_tokenizer(home, sft.model_id), [Message("user", texts["long"])], None))
