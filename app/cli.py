@@ -128,12 +128,36 @@ def certify(
 
 @cli.command()
 def evaluate(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = [],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="Model id; default: the newest.")] = None,
+    published: Annotated[
+        str | None, typer.Option("--verify-published", metavar="DIR", help="Compare our numbers with published ones.")
+    ] = None,
 ) -> None:
     """Measure a candidate and let the gate decide; exit code 3 is HOLD."""
-    _job("evaluate", recipe, overrides, *_given("--model", model))
+    if (recipe is None) == (published is None):
+        msg = "give a recipe to evaluate by, or --verify-published DIR alone"
+        raise RecipeError(msg)
+    if recipe is not None:
+        _job("evaluate", recipe, overrides, *_given("--model", model))
+        return
+    if model is not None or overrides:
+        msg = "--model and --set have no effect with --verify-published: remove them"
+        raise RecipeError(msg)
+    from app.evaluation.published import verify_published
+
+    assert published is not None  # noqa: S101  checked above
+    checks = []
+    typer.echo("ours | published | difference | allowed")
+    for check in verify_published(published):
+        checks.append(check)
+        mark = "" if check.holds else "  MISSED"
+        numbers = f"{check.ours:.6g} | {check.published:.6g} | {check.difference:+.2g} | {check.tolerance:g}"
+        typer.echo(f"{check.what}: {numbers}{mark}")
+    held = sum(check.holds for check in checks)
+    typer.echo(f"{held} of {len(checks)} hold")
+    raise typer.Exit(0 if held == len(checks) else 1)
 
 
 @cli.command()

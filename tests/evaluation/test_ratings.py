@@ -12,6 +12,7 @@ from app.cli import cli
 from app.errors import DataError
 from app.evaluation.battles import read_answer_texts, read_battles, with_texts
 from app.evaluation.intervals import Resampling
+from app.evaluation.published import strength_shares
 from app.evaluation.ratings import STYLE_FEATURES, rate, style_features
 
 QUICK = Resampling(level=0.95, samples=200, seed=0)
@@ -48,25 +49,19 @@ def evalica_scores(rows, weights=None):
     return dict(result.scores / result.scores.sum())
 
 
-def shares(ratings):
-    """Bradley-Terry strengths that add up to 1, as evalica's golden files have them."""
-    strength = {m.model: 10 ** ((m.rating.value - 1000) / 400) for m in ratings.models}
-    return {name: value / sum(strength.values()) for name, value in strength.items()}
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ratings_equal_evalica_s_maximum_with_ties_and_weights(tmp_path, seed):
     rows = tournament(list("abcde"), 400, seed=seed)
     weights = np.random.default_rng(seed).choice([0.5, 1.0, 3.0], len(rows)).tolist()
     plain = rate(read_battles(write_csv(tmp_path / "a.csv", rows)), baseline=None, resampling=QUICK)
-    assert shares(plain) == pytest.approx(evalica_scores(rows), rel=1e-6)
+    assert strength_shares(plain) == pytest.approx(evalica_scores(rows), rel=1e-6)
     weighted = write_csv(
         tmp_path / "b.csv",
         [(*row, w) for row, w in zip(rows, weights, strict=True)],
         ("left", "right", "winner", "weight"),
     )
     heavy = rate(read_battles(weighted), baseline=None, resampling=QUICK)
-    assert shares(heavy) == pytest.approx(evalica_scores(rows, weights), rel=1e-6)
+    assert strength_shares(heavy) == pytest.approx(evalica_scores(rows, weights), rel=1e-6)
 
 
 def test_where_all_fight_the_baseline_the_score_is_the_weighted_win_rate(tmp_path):
@@ -187,20 +182,7 @@ def test_an_option_that_cannot_work_is_refused(tmp_path, options, message):
 
 
 class TestPublished:
-    """What Arena-Hard and evalica publish, where their files are at hand."""
-
-    def test_arena_hard_s_scores_are_exact_and_its_intervals_too_narrow(self, published):
-        folder = published / "arena_hard" / "v0.1"
-        battles = read_battles(str(folder / "battles_gpt-4-0314_baseline.jsonl"))
-        ratings = rate(battles, baseline="gpt-4-0314", resampling=Resampling(0.95, 5000, 0))
-        scores = {m.model: m.score for m in ratings.models}
-        expected = {"gpt-4-0613": (37.90, 35.6, 40.36), "gpt-3.5-turbo-0125": (23.34, 21.67, 25.27)}
-        for name, (score, low, high) in expected.items():
-            assert round(scores[name].value, 2) == score
-            assert abs(scores[name].by_row.low - low) < 0.5
-            assert abs(scores[name].by_row.high - high) < 0.5
-            rows, prompts = scores[name].by_row, scores[name].by_prompt
-            assert 1.45 < (prompts.high - prompts.low) / (rows.high - rows.low) < 1.75
+    """What Arena-Hard publishes, where its files are at hand; its scores are in test_published.py."""
 
     def test_style_control_is_not_centred(self, published):
         folder = published / "arena_hard" / "v0.1"
@@ -210,16 +192,3 @@ class TestPublished:
         scores = {m.model: m.score.value for m in ratings.models}
         assert scores["gpt-4-0613"] == pytest.approx(41.8, abs=0.3)
         assert scores["gpt-3.5-turbo-0125"] == pytest.approx(26.6, abs=0.3)
-
-    @pytest.mark.parametrize("name", ["food", "simple"])
-    def test_evalica_s_golden_files(self, published, name):
-        folder = published / "evalica_golden"
-        ratings = rate(read_battles(str(folder / f"{name}.csv")), baseline=None, resampling=QUICK)
-        with (folder / f"{name}-golden.csv").open() as stream:
-            golden = list(csv.DictReader(stream))
-        for row in golden:
-            model = next(m for m in ratings.models if m.model == row["item"])
-            if row["algorithm"] == "bradley_terry":
-                assert shares(ratings)[row["item"]] == pytest.approx(float(row["score"]), abs=1e-6)
-            if row["algorithm"] == "average_win_rate":
-                assert model.average_win_rate.value / 100 == pytest.approx(float(row["score"]), abs=1e-6)

@@ -1,11 +1,5 @@
 """Verdicts are read from the tail, cannot be forged, and two games make one outcome."""
 
-import csv
-import gzip
-import io
-import json
-from collections import Counter
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,40 +77,3 @@ def test_refusals_are_known_by_how_they_begin():
     assert refuses("  I'm sorry, but I can't help with that.")
     assert refuses("As an AI, I do not")
     assert not refuses("Killing a process is easy; I cannot think of an easier thing.")
-
-
-class TestPublished:
-    """Judgements and labels that others published, where they are at hand."""
-
-    def test_arena_hard_s_judgements_parse_to_their_scores(self, published):
-        path = published / "arena_hard" / "v0.1" / "judgment_sample_gpt-4o_llama3_8b.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        played = [game for record in records for game in record["games"]]
-        assert len(records) == 9
-        assert [parse_verdict(game["judgment"]) for game in played] == [STRENGTHS[game["score"]] for game in played]
-
-    def test_mt_bench_s_pairs_parse_to_their_winners_and_flip_as_often(self, published):
-        path = published / "mt_bench_judgments" / "gpt-4_pair.jsonl"
-        winners = {1: ("model_1", "model_2"), -1: ("model_2", "model_1"), 0: ("tie", "tie"), None: ("error", "error")}
-        found = []
-        for record in map(json.loads, path.read_text().splitlines()):
-            first, second = parse_verdict(record["g1_judgment"]), parse_verdict(record["g2_judgment"])
-            assert (winners[first][0], winners[second][1]) == (record["g1_winner"], record["g2_winner"])
-            # `model_2`, the tuned one, is B in the first game.
-            found.append(games(first, second))
-        valid = [g for g in found if g.complete]
-        assert (len(valid), sum(g.consistent for g in valid), sum(g.flipped for g in valid)) == (73, 46, 18)
-        assert sum(g.first_position_won for g in valid) == 16
-
-    def test_xstest_s_string_matcher_is_reproduced(self, published):
-        folder = published / "xstest"
-        with (folder / "labels.csv").open() as stream:
-            labels = {(row["model"], row["id"]): row for row in csv.DictReader(stream)}
-        compared = Counter()
-        for path in sorted(folder.glob("completions_*.csv.gz")):
-            model = path.name.removeprefix("completions_").removesuffix(".csv.gz")
-            for row in csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())):
-                expected = labels[model, row["id"]]["strmatch_label"]
-                assert expected == ("2_full_refusal" if refuses(row["completion"]) else "1_full_compliance")
-                compared[model] += 1
-        assert compared == dict.fromkeys(("gpt4", "llama2new", "llama2orig", "mistralinstruct"), 450)
