@@ -25,7 +25,26 @@ from pydantic import (
 
 from app.errors import RecipeError
 
-_MOVED = {f"train.{key}": f"train.options.{key}" for key in ("beta", "label_smoothing", "sft_weight", "length_weight")}
+_MOVED = {
+    **{f"train.{key}": f"train.options.{key}" for key in ("beta", "label_smoothing", "sft_weight", "length_weight")},
+    **{
+        f"evaluate.gate.{key}": f"evaluate.gate.rules.{rule}.threshold"
+        for key, rule in {
+            "min_prompts": "judged_prompts",
+            "win_rate_over_champion": "win_rate_champion",
+            "win_rate_over_sft": "win_rate_sft",
+            "reward_accuracy_over": "reward_accuracy",
+            "length_ratio_min": "length_ratio_min",
+            "length_ratio_max": "length_ratio_max",
+            "golden_pass_rate": "golden_pass_rate",
+            "finished_drop_max": "finished",
+            "repetition_rise_max": "repetition",
+            "perplexity_ratio_max": "perplexity",
+            "distinct_ratio_min": "distinct",
+            "relevance_ratio_min": "relevance",
+        }.items()
+    },
+}
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -353,26 +372,62 @@ class WorkerSection(Section):
     max_failures: int = Field(3, ge=0, description="Restarts of the worker group before the run fails.")
 
 
+class RuleSection(Section):
+    """One rule of the gate: what it looks at, and what that must be."""
+
+    metric: str = Field(..., min_length=1, description="Name of what was measured, as reports have it.")
+    bound: Literal["value", "low", "high"] = Field("value", description="The number itself, or an end of its interval.")
+    comparison: Literal[">", ">=", "<", "<="] = Field(..., description="How it must stand to the threshold.")
+    threshold: float = Field(..., description="What it is held against.")
+    decides: Literal["must", "warn"] = Field("must", description="`must` holds the model where it fails.")
+    absent: Literal["hold", "pass"] = Field("hold", description="What it says where the recipe measures no such thing.")
+
+
+GATE_RULES: Mapping[str, Mapping[str, Any]] = {
+    "judged_prompts": {"metric": "prompts", "comparison": ">=", "threshold": 100},
+    "judge": {"metric": "judge.usable", "comparison": ">=", "threshold": 1, "absent": "pass"},
+    "null_model": {"metric": "null_model", "bound": "high", "comparison": "<", "threshold": 0.5, "absent": "pass"},
+    "win_rate_champion": {"metric": "win_rate.champion", "bound": "low", "comparison": ">", "threshold": 0.47},
+    "win_rate_sft": {"metric": "win_rate.sft", "bound": "low", "comparison": ">", "threshold": 0.5},
+    "reward_accuracy": {"metric": "reward_accuracy", "bound": "low", "comparison": ">", "threshold": 0.5},
+    "length_ratio_min": {"metric": "length_ratio", "comparison": ">=", "threshold": 0.7},
+    "length_ratio_max": {"metric": "length_ratio", "comparison": "<=", "threshold": 1.4},
+    "golden_pass_rate": {"metric": "golden.must_pass", "comparison": ">=", "threshold": 1.0, "absent": "pass"},
+    "finished": {"metric": "finished.change", "comparison": ">=", "threshold": -0.1},
+    "repetition": {"metric": "repetition.change", "comparison": "<=", "threshold": 0.1},
+    "distinct": {"metric": "distinct.ratio", "comparison": ">=", "threshold": 0.5},
+    "relevance": {"metric": "relevance.ratio", "comparison": ">=", "threshold": 0.5},
+    "perplexity": {"metric": "perplexity.ratio", "comparison": "<=", "threshold": 1.25, "absent": "pass"},
+    "over_refusal": {"metric": "refusal.safe.rise", "comparison": "<=", "threshold": 0.05, "absent": "pass"},
+    "displacement": {
+        "metric": "chosen_change",
+        "comparison": ">=",
+        "threshold": -0.5,
+        "decides": "warn",
+        "absent": "pass",
+    },
+}
+"""The rules that hold where a recipe says nothing; it changes a value of one, adds its own, or sets one to null."""
+
+
 class GateSection(Section):
-    """The rules that decide SHIP or HOLD; every one must hold."""
+    """The rules that decide SHIP or HOLD."""
 
     level: float = Field(0.95, gt=0.5, lt=1, description="Confidence level of every interval.")
-    min_prompts: int = Field(100, ge=1, description="Fewer judged prompts than this hold.")
-    win_rate_over_champion: float = Field(0.5, description="Lower bound of the win rate must exceed this.")
-    win_rate_over_sft: float = Field(0.5, description="Lower bound of the win rate over SFT must exceed this.")
-    length_ratio_min: float = Field(0.7, gt=0, description="Mean tokens against the champion, at least.")
-    length_ratio_max: float = Field(1.4, gt=0, description="Mean tokens against the champion, at most.")
-    golden_pass_rate: float = Field(1.0, ge=0, le=1, description="Share of must-pass golden prompts that pass.")
-    finished_drop_max: float = Field(0.10, ge=0, description="Share of finished answers may fall by this much.")
-    repetition_rise_max: float = Field(0.10, ge=0, description="Share of looping answers may rise by this much.")
-    perplexity_ratio_max: float = Field(1.25, gt=0, description="Perplexity on neutral text against the champion.")
-    distinct_ratio_min: float = Field(0.5, ge=0, description="Distinct answers against the champion's, at least.")
-    relevance_ratio_min: float = Field(
-        0.5, ge=0, description="Relevance to the prompts against the champion's, at least."
+    rules: dict[str, RuleSection | None] = Field(
+        {}, validate_default=True, description="By name, on top of the usual ones; null: without this one."
     )
-    reward_accuracy_over: float | None = Field(
-        0.5, ge=0, lt=1, description="Lower bound of held-out reward accuracy must exceed this; null: not asked."
-    )
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _on_top(cls, rules: Any) -> Any:
+        if not isinstance(rules, Mapping):
+            return rules
+        changed = {
+            name: {**GATE_RULES.get(name, {}), **rule} if isinstance(rule, Mapping) else rule
+            for name, rule in rules.items()
+        }
+        return {**GATE_RULES, **changed}
 
 
 class JudgeSection(Section):
@@ -549,9 +604,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         msg = f"recipe `{path}` must be a mapping of sections, found {type(tree).__name__}"
         raise RecipeError(msg)
+    evaluation = tree.get("evaluate")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("gate"), str):
+        evaluation["gate"] = _gate_file(evaluation["gate"])
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, place=str(path))
+
+
+def _gate_file(place: str) -> Any:
+    """Read the gate from a file of its own, which several recipes may share."""
+    try:
+        return yaml.safe_load(Path(place).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"the gate `{place}` (evaluate.gate) cannot be read: {error}"
+        raise RecipeError(msg) from None
 
 
 def parse_recipe(tree: dict[str, Any], *, place: str) -> Recipe:

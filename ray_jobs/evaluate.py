@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import fsspec
@@ -32,10 +32,12 @@ from app.evaluation.battery import (
     build_battery,
     health_of,
 )
-from app.evaluation.gate import Measurements, Sides, decide
-from app.evaluation.intervals import Estimate, Resampling
+from app.evaluation.gate import decide
+from app.evaluation.intervals import Resampling
 from app.evaluation.judges import EndpointJudge
-from app.evaluation.learning import reward_accuracy
+from app.evaluation.learning import judge_learning, reward_accuracy
+from app.evaluation.measurements import Measurements, Sides
+from app.evaluation.metrics import Metric
 from app.evaluation.prompts import Prompt, load_prompts
 from app.evaluation.questions import Question
 from app.evaluation.report import EvaluationReport
@@ -45,6 +47,7 @@ from app.ledger import EvaluationRow, Ledger, ModelRow, RunRow, now
 from app.models import ensure_sft
 from app.schemas import content_hash
 from app.storage import Home, write_atomically
+from app.training.held_out import PairMeasure
 from ray_jobs.answers import Decoding, Given, Resources, Wanted, gather
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
@@ -94,9 +97,9 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     shipped = ledger.champion(deployment)
     champion = sft if shipped is None else _model(ledger, shipped.model_id)
     resampling = Resampling(section.gate.level, section.bootstrap_samples, _SEED)
-    accuracy = _reward_accuracy(home, run_id, resampling)
+    held_out = _held_out(home, run_id)
     decoding = Decoding(section.max_new_tokens, section.batch_size, recipe.serving.dtype)
-    identity = _identity(deployment, candidate, champion, sft, material, section, decoding, accuracy)
+    identity = _identity(deployment, candidate, champion, sft, material, section, decoding, held_out)
     with ledger.read() as session:
         known = session.get(EvaluationRow, identity)
     if known is not None and not _owed(known):
@@ -104,7 +107,7 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
     roles: dict[Role, ModelRow] = {"candidate": candidate, "champion": champion, "sft": sft}
     given = _answers(home, recipe, material, decoding, roles)
     results, unanswered = _judge(ledger, material, roles, given, resampling)
-    measurements = _measure(material, roles, given, results, resampling, accuracy)
+    measurements = _measure(material, roles, given, results, resampling, held_out)
     report = EvaluationReport(
         evaluation_id=identity,
         model_id=candidate.model_id,
@@ -116,7 +119,7 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
         measurements=measurements,
         suites=results,
         unanswered=unanswered,
-        verdict=decide(measurements, section.gate),
+        verdict=decide(_metrics(measurements, results), section.gate),
     )
     artifacts = {name: g.artifacts for name, (g, _) in given.items()}
     return _store(home, ledger, report, deployment, candidate, run_id, artifacts)
@@ -162,9 +165,9 @@ def _model(ledger: Ledger, model_id: str) -> ModelRow:
         return row
 
 
-def _reward_accuracy(home: Home, run_id: str | None, resampling: Resampling) -> Estimate | None:
+def _held_out(home: Home, run_id: str | None) -> tuple[PairMeasure, ...]:
     measures = held_out_measures(home, run_id) if run_id is not None else None
-    return reward_accuracy(measures.pairs, resampling=resampling) if measures and measures.pairs else None
+    return tuple(measures.pairs) if measures else ()
 
 
 def _identity(
@@ -175,7 +178,7 @@ def _identity(
     material: Material,
     section: EvaluateSection,
     decoding: Decoding,
-    accuracy: Estimate | None,
+    held_out: Sequence[PairMeasure],
 ) -> str:
     content = [
         deployment,
@@ -189,7 +192,7 @@ def _identity(
         section.gate.model_dump(mode="json"),
         section.bootstrap_samples,
         repr(decoding),
-        repr(accuracy),
+        repr(held_out),
     ]
     return f"evaluation-{content_hash(content)[:16]}"
 
@@ -289,7 +292,7 @@ def _measure(
     given: dict[str, _Named],
     results: dict[str, SuiteResult],
     resampling: Resampling,
-    accuracy: Estimate | None,
+    held_out: Sequence[PairMeasure],
 ) -> Measurements:
     texts = {question.id: question.turns[0] for question in material.prompts}
     candidate, champion = given[roles["candidate"].model_id][0], given[roles["champion"].model_id][0]
@@ -316,11 +319,19 @@ def _measure(
         perplexity=None
         if candidate.perplexity is None or champion.perplexity is None
         else Sides(candidate.perplexity, champion.perplexity),
-        reward_accuracy=accuracy,
+        reward_accuracy=reward_accuracy(held_out, resampling=resampling) if held_out else None,
         judge=health_of(results, resampling),
-        null_model=tuple(results[NullModelSuite.name].metrics) if NullModelSuite.name in results else None,
+        learning=judge_learning(held_out, level=resampling.level, seed=_SEED) if held_out else None,
         n_prompts=len(mine),
     )
+
+
+def _metrics(measurements: Measurements, results: dict[str, SuiteResult]) -> list[Metric]:
+    """Return everything by name; the win rates of the judge are among the measurements already."""
+    measured = measurements.metrics()
+    known = {metric.name for metric in measured}
+    of_suites = [metric for result in results.values() for metric in result.metrics if metric.name not in known]
+    return [*measured, *of_suites]
 
 
 def _judge_name(recipe: Recipe, material: Material) -> str:

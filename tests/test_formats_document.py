@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from app.config import Recipe, load_recipe
+from app.config import GateSection, Recipe, load_recipe
 from app.evaluation.prompts import load_prompts
 from app.evaluation.rules import load_style
 from app.evaluation.suites import load_golden
@@ -52,17 +52,21 @@ def test_every_recipe_value_that_is_named_exists_and_has_the_default_that_is_tol
         for part in place.split("."):
             assert part in node, place
             node = node[part]
-    gate = tree["evaluate"]["gate"]
-    assert (gate["min_prompts"], gate["golden_pass_rate"], gate["length_ratio_min"], gate["length_ratio_max"]) == (
-        100,
-        1.0,
-        0.7,
-        1.4,
-    )
-    assert (gate["perplexity_ratio_max"], gate["finished_drop_max"], gate["repetition_rise_max"]) == (1.25, 0.1, 0.1)
     defaults = Recipe(name="d")
     assert (defaults.pairs.min_pairs, defaults.pairs.held_out_fraction) == (1000, None)
     assert [usual_held_out(clusters) for clusters in (300, 667)] == [1 / 3, 0.15]
     assert (defaults.prepare.max_length, defaults.prepare.too_long) == (2048, "drop")
     assert (defaults.serving.max_tokens, defaults.serving.request_timeout_s) == (256, 300)
     assert tree["evaluate"]["max_new_tokens"] == 256
+
+
+def test_every_rule_of_the_gate_is_told_with_its_metric_and_threshold():
+    told = re.findall(r"^\| `(\w+)` \| (.*?) \| ([<>]=?) ([-0-9.]+) \|$", TEXT, re.MULTILINE)
+    rules = GateSection().rules
+    assert [name for name, *_ in told] == list(rules)
+    for name, what, comparison, threshold in told:
+        rule = rules[name]
+        assert (comparison, float(threshold)) == (rule.comparison, rule.threshold), name
+        assert f"`{rule.metric}`" in what or what == "the same", name
+        assert (rule.bound == "value") == ("lower end" not in what and "upper end" not in what), name
+        assert (rule.decides == "warn") == ("warns only" in what), name

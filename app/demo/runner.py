@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from rich.console import Console
 from sqlalchemy.orm import Session
 
-from app.config import OBJECTIVE_OPTIONS, Recipe, TrainSection, load_recipe
+from app.config import OBJECTIVE_OPTIONS, GateSection, Recipe, TrainSection, load_recipe
 from app.errors import HOLD_EXIT_CODE, DataError, Interrupted, RecipeError
 from app.evaluation.prompts import Prompt, PromptSplit, load_prompts, split_prompts
 from app.evaluation.rules import load_style
@@ -229,13 +229,14 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
         settings += [
             f"collect.max_tokens={max(room, recipe.collect.max_tokens if recipe.collect else 0)}",
             f"evaluate.max_new_tokens={max(room, recipe.evaluate.max_new_tokens if recipe.evaluate else 0)}",
-            f"evaluate.gate.min_prompts={_OUTSIDE_MIN_PROMPTS}",
+            f"evaluate.gate.rules.judged_prompts.threshold={_OUTSIDE_MIN_PROMPTS}",
             f"train.min_steps={_OUTSIDE_STEPS}",
             f"train.max_steps={_OUTSIDE_STEPS}",
         ]
-        asked = recipe.evaluate.gate.reward_accuracy_over if recipe.evaluate else None
+        asked = recipe.evaluate.gate.rules.get("reward_accuracy") if recipe.evaluate else None
         if asked is not None:
-            settings.append(f"evaluate.gate.reward_accuracy_over={min(asked, _OUTSIDE_REWARD_ACCURACY)}")
+            threshold = min(asked.threshold, _OUTSIDE_REWARD_ACCURACY)
+            settings.append(f"evaluate.gate.rules.reward_accuracy.threshold={threshold}")
     return settings
 
 
@@ -283,13 +284,27 @@ def _differences(tree: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
             ]
             if model is TrainSection and key == "options":
                 nested = [OBJECTIVE_OPTIONS.get(node["objective"])]
-            if any(nested) and isinstance(value, Mapping):
+            if model is GateSection and isinstance(value, Mapping):
+                usual = GateSection().model_dump(mode="json")[key]
+                changed = [rule for rule in value if value[rule] != usual.get(rule)]
+                found.extend(
+                    (f"{where}.{rule}", _changes(value[rule], usual.get(rule)), _changes(usual.get(rule), value[rule]))
+                    for rule in changed
+                )
+            elif any(nested) and isinstance(value, Mapping):
                 walk(value, nested[0], where)
             elif not field.is_required() and value != _plain(field.get_default()):
                 found.append((where, value, _plain(field.get_default())))
 
     walk(tree, Recipe, "")
     return found
+
+
+def _changes(rule: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Any:
+    """Return what a rule of the gate says otherwise than another."""
+    if rule is None or other is None:
+        return rule
+    return {key: value for key, value in rule.items() if value != other[key]}
 
 
 def _plain(value: Any) -> Any:

@@ -357,7 +357,7 @@ class NullModelSuite:
         return [task for text in NULL_ANSWERS.values() for task in tasks_of(self._pairs(said, text))]
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
-        """Return the constants' win rates; the highest upper bound says whether the judge is fooled."""
+        """Return the constants' win rates, and as `null_model` the one with the highest upper bound."""
         result = _Collected()
         comparisons = {
             name: result.read(self._pairs(said, text), _given(judged)) for name, text in NULL_ANSWERS.items()
@@ -365,6 +365,7 @@ class NullModelSuite:
         found = null_model(comparisons, resampling=resampling)
         for name, rate in found.win_rates.items():
             result.add(estimated(f"null_model.{name}", rate, "a constant answer against the SFT model's"))
+        result.add(_worst(result.metrics))
         result.detail.update(asdict(found))
         # Not among the judge's comparisons: how it treats nonsense says little of how it reads answers.
         result.comparisons.clear()
@@ -439,6 +440,14 @@ def _first(said: Said) -> dict[str, Answer]:
 def _points(comparison: Comparison) -> float:
     strengths = (comparison.games.as_a or 0, comparison.games.as_b or 0)
     return sum((1 + (s > 0) - (s < 0)) / 2 for s in strengths) / 2
+
+
+def _worst(rates: Sequence[Metric]) -> Metric:
+    """Return the highest of the constants' win rates; one that could not be measured is the highest."""
+    worst = max(rates, key=lambda rate: 2.0 if rate.high is None else rate.high)
+    what = worst.name.removeprefix("null_model.")
+    note = f"the constant answer `{what}` against the SFT model's: at half the wins and more the judge does not tell it from an answer"
+    return replace(worst, name="null_model", note=note)
 
 
 def _arena_metric(name: str, model: Rating, ratings: Ratings, resampling: Resampling) -> Metric:

@@ -1,54 +1,38 @@
-"""The gate: measurements and stated rules -> SHIP or HOLD, with every number and the reason in words.
+"""The gate: named measurements and stated rules -> SHIP or HOLD, with every number and the reason in words.
 
-Every rule must hold. The win rates are the claim; the other rules see to it that the claim is not bought: finished
+A rule names a metric, the number or the end of its interval that counts, and what it must be; `must` rules hold, `warn`
+rules are told. The default win rates are the claim; the other rules see to it that the claim is not bought: finished
 answers (a model cannot win by spoiling its losses), length, looping, golden prompts, perplexity, distinct answers and
 relevance (a constant answer can please a rule that reads it, never these two). `reward_accuracy` is the control on
 the labels: a policy trained on labels without meaning drifts, and a drift may please the judge by luck, but its
 margins on held-out pairs are coin flips. This module decides; it measures nothing.
 """
 
-from collections.abc import Iterable, Sequence
+import difflib
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from app.config import GateSection
-from app.evaluation.intervals import Estimate, needed_clusters
-from app.evaluation.judge_health import FEWEST_READABLE, JudgeHealth
+from app.config import GateSection, RuleSection
+from app.evaluation.intervals import detectable, needed_clusters
 from app.evaluation.metrics import Metric
-from app.evaluation.suites import GoldenResult, WinRate
 
-_NULL_MODEL = 0.5
 Decision = Literal["SHIP", "HOLD"]
-Comparison = Literal[">", ">=", "<="]
-
-
-@dataclass(frozen=True, slots=True)
-class Sides:
-    """The same number for the candidate and for the champion."""
-
-    candidate: float
-    champion: float
-
-
-@dataclass(frozen=True, slots=True)
-class Measurements:
-    """Everything that was measured on a candidate. None: the recipe gives nothing to measure it on."""
-
-    over_champion: WinRate
-    over_sft: WinRate
-    length_ratio: Estimate
-    finished: Sides
-    looping: Sides
-    distinct: Sides
-    relevance: Sides
-    golden: tuple[GoldenResult, ...] | None
-    perplexity: Sides | None
-    reward_accuracy: Estimate | None
-    n_prompts: int
-    judge: JudgeHealth | None = None
-    """None: rules judge, or nothing was compared."""
-    null_model: tuple[Metric, ...] | None = None
-    """Win rates of constant answers."""
+Comparison = Literal[">", ">=", "<", "<="]
+_COMPARE: Final[Mapping[Comparison, Callable[[float, float], bool]]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+_WORDS: Final[Mapping[Comparison, str]] = {
+    ">": "more than {} is needed",
+    ">=": "at least {} is needed",
+    "<": "less than {} is needed",
+    "<=": "at most {} is allowed",
+}
+_BOUNDS: Final = {"value": "it", "low": "its lower bound", "high": "its upper bound"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,225 +45,120 @@ class RuleResult:
     low: float | None
     high: float | None
     n: int
+    bound: Literal["value", "low", "high"]
     comparison: Comparison
     threshold: float
+    decides: Literal["must", "warn"]
     passed: bool
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """SHIP when every rule holds, else HOLD."""
+    """SHIP when every rule that must hold does, else HOLD."""
 
     decision: Decision
     rules: tuple[RuleResult, ...]
+    power: str
+    """What the win rate over SFT could have shown with this many prompts."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Say why it holds; empty on SHIP."""
-        return tuple(rule.reason for rule in self.rules if not rule.passed)
+        return tuple(rule.reason for rule in self.rules if not rule.passed and rule.decides == "must")
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Say what is wrong and does not hold."""
+        return tuple(rule.reason for rule in self.rules if not rule.passed and rule.decides == "warn")
 
 
-def decide(measurements: Measurements, section: GateSection) -> Verdict:
-    """Apply every rule of the section."""
-    rules = tuple(_rules(measurements, section))
-    return Verdict("SHIP" if all(rule.passed for rule in rules) else "HOLD", rules)
-
-
-def _rules(m: Measurements, section: GateSection) -> Iterable[RuleResult]:
-    yield _prompts(m, section)
-    if m.judge is not None:
-        yield _judge(m.judge)
-    if m.null_model is not None:
-        yield _null_model(m.null_model)
-    yield _win_rate("win_rate_over_champion", "the champion", m.over_champion, section.win_rate_over_champion)
-    yield _win_rate("win_rate_over_sft", "the SFT model", m.over_sft, section.win_rate_over_sft)
-    if section.reward_accuracy_over is not None:
-        yield _reward_accuracy(m.reward_accuracy, section.reward_accuracy_over)
-    yield _length("length_ratio_min", ">=", m, section.length_ratio_min)
-    yield _length("length_ratio_max", "<=", m, section.length_ratio_max)
-    if m.golden is not None:
-        yield _golden(m.golden, section.golden_pass_rate)
-    yield _sides(
-        "finished",
-        "share of finished answers",
-        m.finished,
-        m.n_prompts,
-        ">=",
-        m.finished.champion - section.finished_drop_max,
+def decide(metrics: Sequence[Metric], section: GateSection) -> Verdict:
+    """Apply every rule of the section to what was measured."""
+    by_name = {metric.name: metric for metric in metrics}
+    rules = tuple(
+        result
+        for name, rule in section.rules.items()
+        if rule is not None and (result := _apply(name, rule, by_name)) is not None
     )
-    yield _sides(
-        "repetition",
-        "share of answers that repeat themselves",
-        m.looping,
-        m.n_prompts,
-        "<=",
-        m.looping.champion + section.repetition_rise_max,
-    )
-    yield _sides(
-        "distinct",
-        "share of distinct answers",
-        m.distinct,
-        m.n_prompts,
-        ">=",
-        m.distinct.champion * section.distinct_ratio_min,
-    )
-    yield _sides(
-        "relevance",
-        "relevance to the prompts",
-        m.relevance,
-        m.n_prompts,
-        ">=",
-        max(0.0, m.relevance.champion * section.relevance_ratio_min),
-    )
-    if m.perplexity is not None:
-        yield _sides(
-            "perplexity",
-            "perplexity on neutral text",
-            m.perplexity,
-            1,
-            "<=",
-            m.perplexity.champion * section.perplexity_ratio_max,
-        )
+    holds = any(not rule.passed and rule.decides == "must" for rule in rules)
+    return Verdict("HOLD" if holds else "SHIP", rules, _power(by_name.get("win_rate.sft"), section))
 
 
-def _prompts(m: Measurements, section: GateSection) -> RuleResult:
-    judged = m.over_champion.estimate.n
-    passed = judged >= section.min_prompts
-    left_out = m.over_champion.invalid_candidate + m.over_champion.invalid_baseline
-    reason = f"{judged} prompts were judged"
-    if left_out:
-        reason += f" ({left_out} left out: an answer was empty or cut by the token limit)"
-    if not passed:
-        reason += f", {section.min_prompts} are needed: {section.min_prompts - judged} more"
-    return RuleResult(
-        "min_prompts", "judged prompts", float(judged), None, None, judged, ">=", section.min_prompts, passed, reason
-    )
-
-
-def _judge(health: JudgeHealth) -> RuleResult:
-    reason = "the judge is unusable: " + "; ".join(health.reasons) if health.reasons else ""
-    reason = (
-        reason
-        or f"{health.readable:.0%} of the judge's verdicts can be read, {health.flips.value:.0%} of its pairs flip with the order"
-    )
-    return RuleResult(
-        "judge",
-        "readable verdicts",
-        health.readable,
-        None,
-        None,
-        health.comparisons,
-        ">=",
-        FEWEST_READABLE,
-        health.usable,
-        reason,
-    )
-
-
-def _null_model(rates: Sequence[Metric]) -> RuleResult:
-    worst = max(rates, key=lambda rate: 1.0 if rate.high is None else rate.high)
-    name = worst.name.removeprefix("null_model.")
-    if worst.value is None or worst.high is None:
-        reason = f"how the judge treats the constant answer `{name}` could not be measured: {worst.note}"
-        return RuleResult("null_model", "win rate of a constant", None, None, None, 0, "<=", _NULL_MODEL, False, reason)
-    passed = worst.high < _NULL_MODEL
-    reason = f"the constant answer `{name}` wins {worst.value:.1%} against the SFT model"
-    if not passed:
-        reason += f"; its upper bound {worst.high:.1%} is not below {_NULL_MODEL:.0%}: the judge does not tell it from an answer"
-    return RuleResult(
-        "null_model",
-        "win rate of a constant",
-        worst.value,
-        worst.low,
-        worst.high,
-        worst.n,
-        "<=",
-        _NULL_MODEL,
-        passed,
-        reason,
-    )
-
-
-def _win_rate(name: str, baseline: str, measured: WinRate, threshold: float) -> RuleResult:
-    estimate = measured.estimate
-    passed = estimate.method != "empty" and estimate.low > threshold
-    reason = (
-        f"against {baseline} it wins {_percent(estimate.value)} {_interval(estimate)}: "
-        f"{measured.wins} wins, {measured.ties} ties, {measured.losses} losses"
-    )
-    if estimate.method == "empty":
-        reason = f"no answer could be judged against {baseline}"
-    elif passed:
-        reason += f"; even the lower bound exceeds {_percent(threshold)}"
-    else:
-        reason += f"; the lower bound does not exceed {_percent(threshold)}"
-        needed = needed_clusters(estimate, threshold=threshold)
-        if needed is not None:
-            reason += f" (about {needed} prompts would be needed to show a win rate of {_percent(estimate.value)})"
-    return _estimated(name, f"win rate over {baseline}", estimate, ">", threshold, passed=passed, reason=reason)
-
-
-def _reward_accuracy(estimate: Estimate | None, threshold: float) -> RuleResult:
-    metric = "held-out reward accuracy"
-    if estimate is None or estimate.method == "empty":
-        reason = f"the {metric} was not measured (no held-out pairs, a run that imitates, or no run of this product); set evaluate.gate.reward_accuracy_over to null to do without"
-        return RuleResult("reward_accuracy", metric, None, None, None, 0, ">", threshold, False, reason)
-    passed = estimate.low > threshold
-    reason = f"the policy ranks {_percent(estimate.value)} {_interval(estimate)} of {estimate.n} held-out pairs as they were labelled"
-    if not passed:
-        reason += f"; the lower bound does not exceed {_percent(threshold)}: what it learned may be chance"
-    return _estimated("reward_accuracy", metric, estimate, ">", threshold, passed=passed, reason=reason)
-
-
-def _length(name: str, comparison: Comparison, m: Measurements, threshold: float) -> RuleResult:
-    estimate = m.length_ratio
-    passed = estimate.method != "empty" and _compare(estimate.value, comparison, threshold)
-    reason = f"answers have {estimate.value:.2f} times the champion's tokens {_interval(estimate, percent='')}"
-    if estimate.method == "empty":
-        reason = "no prompt has two answers whose lengths could be compared"
-    elif not passed:
-        reason += f", {'at least' if comparison == '>=' else 'at most'} {threshold:g} is allowed"
-    return _estimated(name, "length ratio", estimate, comparison, threshold, passed=passed, reason=reason)
-
-
-def _golden(results: Sequence[GoldenResult], threshold: float) -> RuleResult:
-    failed = [result for result in results if not result.passed]
-    rate = 1 - len(failed) / len(results)
-    passed = rate >= threshold
-    reason = f"{len(results) - len(failed)} of {len(results)} golden prompts passed"
-    reason += "".join(f"; `{result.id}` {result.reason}" for result in failed)
-    return RuleResult("golden", "golden pass rate", rate, None, None, len(results), ">=", threshold, passed, reason)
-
-
-def _sides(name: str, metric: str, sides: Sides, n: int, comparison: Comparison, threshold: float) -> RuleResult:
-    passed = _compare(sides.candidate, comparison, threshold)
-    reason = f"{metric}: {sides.candidate:.3g}, the champion has {sides.champion:.3g}"
-    if not passed:
-        reason += f", {'at least' if comparison == '>=' else 'at most'} {threshold:.3g} is allowed"
-    return RuleResult(name, metric, sides.candidate, None, None, n, comparison, threshold, passed, reason)
-
-
-def _estimated(
-    name: str, metric: str, estimate: Estimate, comparison: Comparison, threshold: float, *, passed: bool, reason: str
-) -> RuleResult:
-    return RuleResult(
-        name, metric, estimate.value, estimate.low, estimate.high, estimate.n, comparison, threshold, passed, reason
-    )
-
-
-def _compare(value: float, comparison: Comparison, threshold: float) -> bool:
+def _apply(name: str, rule: RuleSection, by_name: Mapping[str, Metric]) -> RuleResult | None:
+    """Return what a rule says; None where it asks for what this recipe does not measure, and lets that pass."""
+    metric = by_name.get(rule.metric)
+    if metric is None:
+        if rule.absent == "pass":
+            return None
+        near = difflib.get_close_matches(rule.metric, by_name, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "no suite of this recipe measures it"
+        return _result(name, rule, None, passed=False, reason=f"nothing measured `{rule.metric}`: {hint}")
+    seen = {"value": metric.value, "low": metric.low, "high": metric.high}[rule.bound]
+    if seen is None:
+        what = "could not be measured" if metric.value is None else f"has no {rule.bound} end of an interval"
+        return _result(name, rule, metric, passed=False, reason=f"{metric.name} {what}{_noted(metric)}")
     # A bound that was computed must not fail by its last bit.
-    slack = 1e-12 * max(1.0, abs(threshold))
-    if comparison == ">":
-        return value > threshold
-    return value >= threshold - slack if comparison == ">=" else value <= threshold + slack
+    slack = 0.0 if rule.comparison in ("<", ">") else 1e-12 * max(1.0, abs(rule.threshold))
+    passed = _COMPARE[rule.comparison](seen + (slack if rule.comparison == ">=" else -slack), rule.threshold)
+    reason = f"{metric.name} is {_number(metric.value)}{_interval(metric)}{_noted(metric)}"
+    if not passed:
+        reason += (
+            f"; {_BOUNDS[rule.bound]} is {_number(seen)}, {_WORDS[rule.comparison].format(_number(rule.threshold))}"
+        )
+        reason += _needed(rule, metric)
+    return _result(name, rule, metric, passed=passed, reason=reason)
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
+def _result(name: str, rule: RuleSection, metric: Metric | None, *, passed: bool, reason: str) -> RuleResult:
+    return RuleResult(
+        name=name,
+        metric=rule.metric,
+        value=None if metric is None else metric.value,
+        low=None if metric is None else metric.low,
+        high=None if metric is None else metric.high,
+        n=0 if metric is None else metric.n,
+        bound=rule.bound,
+        comparison=rule.comparison,
+        threshold=rule.threshold,
+        decides=rule.decides,
+        passed=passed,
+        reason=reason,
+    )
 
 
-def _interval(estimate: Estimate, *, percent: str = "%") -> str:
-    low, high = (f"{b:.1%}" if percent else f"{b:.2f}" for b in (estimate.low, estimate.high))
-    return f"[{low}, {high}] ({estimate.level:.0%}, {estimate.n_clusters} prompt clusters)"
+def _needed(rule: RuleSection, metric: Metric) -> str:
+    """Say how many prompts would do, where more of them could."""
+    if rule.bound == "value" and rule.comparison == ">=" and rule.metric == "prompts" and metric.value is not None:
+        return f": {rule.threshold - metric.value:.0f} more"
+    estimate = metric.estimate
+    if rule.bound != "low" or estimate is None:
+        return ""
+    needed = needed_clusters(estimate, threshold=rule.threshold)
+    if needed is None:
+        return ""
+    return f" (about {needed} prompts would be needed to show it, if it stays {_number(metric.value)})"
+
+
+def _power(metric: Metric | None, section: GateSection) -> str:
+    estimate = None if metric is None else metric.estimate
+    if estimate is None:
+        return ""
+    rule = section.rules.get("win_rate_sft")
+    threshold = 0.5 if rule is None else rule.threshold
+    smallest = threshold + detectable(estimate)
+    return f"with {estimate.n_clusters} prompt clusters a true win rate over SFT of {smallest:.1%} would pass 8 times in 10"
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3g}"
+
+
+def _interval(metric: Metric) -> str:
+    if metric.low is None or metric.high is None:
+        return ""
+    return f" [{_number(metric.low)}, {_number(metric.high)}] on {metric.n}"
+
+
+def _noted(metric: Metric) -> str:
+    return f" ({metric.note})" if metric.note else ""

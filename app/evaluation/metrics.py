@@ -16,13 +16,24 @@ class Metric:
     n: int
     """Prompts, or whatever the number is a mean over."""
     note: str = ""
+    n_clusters: int = 0
+    """Independent units behind the interval; 0 where there is none."""
+    level: float = 0.95
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """Return the number as an estimate; None without an interval."""
+        if self.value is None or self.low is None or self.high is None or not self.n_clusters:
+            return None
+        return Estimate(self.value, self.low, self.high, self.level, self.n, self.n_clusters, "bootstrap")
 
 
 def estimated(name: str, estimate: Estimate, note: str = "") -> Metric:
     """Return an estimate as a metric; where nothing was measured it has no value."""
     if estimate.method == "empty":
         return Metric(name, None, None, None, 0, note or "nothing could be measured")
-    return Metric(name, estimate.value, estimate.low, estimate.high, estimate.n, note)
+    e = estimate
+    return Metric(name, e.value, e.low, e.high, e.n, note, e.n_clusters, e.level)
 
 
 def plain(name: str, value: float, n: int, note: str = "") -> Metric:

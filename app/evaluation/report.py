@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from app.evaluation.battery import SuiteResult
-from app.evaluation.gate import Measurements, RuleResult, Verdict
+from app.evaluation.gate import RuleResult, Verdict
 from app.evaluation.judge_health import Calibration, JudgeHealth
+from app.evaluation.measurements import Measurements
 from app.evaluation.metrics import Metric
 from app.evaluation.ratings import Figure, Ratings
 from app.evaluation.suites import WinRate
@@ -53,6 +54,9 @@ class EvaluationReport:
             "verdict": self.verdict.decision,
             "rules": [asdict(rule) for rule in self.verdict.rules],
             "reasons": list(self.verdict.reasons),
+            "warnings": list(self.verdict.warnings),
+            "power": self.verdict.power,
+            "metrics": [asdict(metric) for metric in self.measurements.metrics()],
             "figures": {
                 "win_rate": over.estimate.value,
                 "ci_low": over.estimate.low,
@@ -87,6 +91,10 @@ class EvaluationReport:
             lines += ["", _health(self.measurements.judge)]
         if self.verdict.reasons:
             lines += ["", "It holds because:", "", *(f"- {reason}" for reason in self.verdict.reasons)]
+        if self.verdict.warnings:
+            lines += ["", "Warnings:", "", *(f"- {reason}" for reason in self.verdict.warnings)]
+        if self.verdict.power:
+            lines += ["", f"Power: {self.verdict.power}."]
         return "\n".join(lines) + "\n"
 
     def _metrics(self) -> list[Metric]:
@@ -99,7 +107,8 @@ class EvaluationReport:
         for heading in ("rule", "value", "interval", "n", "wanted", ""):
             table.add_column(heading, justify="left" if heading in ("rule", "wanted", "") else "right")
         for rule in self.verdict.rules:
-            table.add_row(*map(Text, _cells(rule)), style="" if rule.passed else "bold red")
+            style = "" if rule.passed else "bold red" if rule.decides == "must" else "yellow"
+            table.add_row(*map(Text, _cells(rule)), style=style)
         measured = Table(box=None, pad_edge=False)
         for heading in ("suite", "value", "interval", "n"):
             measured.add_column(heading, justify="left" if heading == "suite" else "right")
@@ -107,8 +116,9 @@ class EvaluationReport:
             measured.add_row(*map(Text, _metric_cells(metric)[:-1]))
         health = [] if self.measurements.judge is None else [Text(_health(self.measurements.judge), style="dim")]
         notes = [Text(reason, style="red") for reason in self.verdict.reasons]
+        notes += [Text(f"warning: {reason}", style="yellow") for reason in self.verdict.warnings]
         below = Text(
-            f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)}",
+            f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)} {self.verdict.power}",
             style="dim",
         )
         return Panel(
@@ -139,14 +149,14 @@ def _health(health: JudgeHealth) -> str:
 
 def _cells(rule: RuleResult) -> tuple[str, str, str, str, str, str]:
     interval = "" if rule.low is None or rule.high is None else f"{rule.low:.3f} to {rule.high:.3f}"
-    bound = "lower bound " if rule.comparison == ">" else ""
+    bound = {"value": "", "low": "lower bound ", "high": "upper bound "}[rule.bound]
     return (
         rule.name,
         "not measured" if rule.value is None else f"{rule.value:.3f}",
         interval,
         str(rule.n),
         f"{bound}{rule.comparison} {rule.threshold:.3g}",
-        "pass" if rule.passed else "HOLD",
+        "pass" if rule.passed else "HOLD" if rule.decides == "must" else "warn",
     )
 
 

@@ -40,6 +40,7 @@ _LOOP_MIN_RUNS = 8
 _LOOP_SHARE = 0.3
 _COMMON_WORD = 0.1
 _STRANGERS = 64
+_GOLDEN_KEYS = ("id", "prompt", "must", "must_not", "exact", "must_pass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,16 @@ class WinRate:
 
 @dataclass(frozen=True, slots=True)
 class GoldenCase:
-    """A prompt whose answer must contain, and must not contain, these patterns."""
+    """A prompt whose answer must contain, and must not contain, these patterns, or be exactly a text."""
 
     id: str
     prompt: str
     must: tuple[re.Pattern[str], ...]
     must_not: tuple[re.Pattern[str], ...]
+    exact: str | None = None
+    """White space around it does not count."""
+    must_pass: bool = True
+    """Whether the gate asks for it; the others count in the pass rate only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,7 @@ class GoldenResult:
     id: str
     passed: bool
     reason: str
+    must_pass: bool = True
 
 
 def win_rate(
@@ -257,27 +263,35 @@ def relevance(answers: Sequence[Answer], prompts: Mapping[str, str], *, seed: in
 
 
 def load_golden(place: str) -> list[GoldenCase]:
-    """Read golden cases: JSONL with `prompt`, optional `id`, and lists `must` / `must_not` of regexes.
+    """Read golden cases: `prompt`, checks (lists `must` and `must_not` of regexes, `exact`), optional `id`, `must_pass`.
 
     Raises:
         DataError: a line has another key, no prompt, no check, or a bad regex; names the line.
     """
     cases: list[GoldenCase] = []
     for where, row in read_rows(place):
-        unknown = sorted(row.keys() - {"id", "prompt", "must", "must_not"})
+        unknown = sorted(row.keys() - set(_GOLDEN_KEYS))
         if unknown:
-            msg = f"{where}: unknown key `{unknown[0]}` (known: id, prompt, must, must_not)"
+            msg = f"{where}: unknown key `{unknown[0]}` (known: {', '.join(_GOLDEN_KEYS)})"
             raise DataError(msg)
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             msg = f"{where}: `prompt` must be text that is not empty, found {prompt!r}"
             raise DataError(msg)
         must, must_not = (_patterns(row.get(key, []), f"{where}: `{key}`") for key in ("must", "must_not"))
-        if not must and not must_not:
-            msg = f"{where}: a golden case needs a pattern in `must` or `must_not`"
+        exact, must_pass = row.get("exact"), row.get("must_pass", True)
+        if exact is not None and not (isinstance(exact, str) and exact.strip()):
+            msg = f"{where}: `exact` must be text that is not empty, found {exact!r}"
+            raise DataError(msg)
+        if not isinstance(must_pass, bool):
+            msg = f"{where}: `must_pass` must be true or false, found {must_pass!r}"
+            raise DataError(msg)
+        if not must and not must_not and exact is None:
+            msg = f"{where}: a golden case needs a pattern in `must` or `must_not`, or a text in `exact`"
             raise DataError(msg)
         name = row.get("id")
-        cases.append(GoldenCase(content_hash(prompt)[:16] if name is None else str(name), prompt, must, must_not))
+        identity = content_hash(prompt)[:16] if name is None else str(name)
+        cases.append(GoldenCase(identity, prompt, must, must_not, exact, must_pass))
     names = [case.id for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not cases:
@@ -300,15 +314,22 @@ def check_golden(cases: Sequence[GoldenCase], answers: Sequence[Answer]) -> list
 
 
 def _golden_result(case: GoldenCase, answer: Answer) -> GoldenResult:
+    reason = _golden_fault(case, answer)
+    return GoldenResult(case.id, not reason, reason, case.must_pass)
+
+
+def _golden_fault(case: GoldenCase, answer: Answer) -> str:
     if not answer.valid:
-        return GoldenResult(case.id, False, "the answer is empty or was cut by the token limit")
+        return "the answer is empty or was cut by the token limit"
+    if case.exact is not None and answer.text.strip() != case.exact.strip():
+        return f"must be exactly {case.exact!r}: {answer.text[:200]!r}"
     lacking = [p.pattern for p in case.must if not p.search(answer.text)]
     if lacking:
-        return GoldenResult(case.id, False, f"must contain {lacking[0]!r}: {answer.text[:200]!r}")
+        return f"must contain {lacking[0]!r}: {answer.text[:200]!r}"
     wrong = [p.pattern for p in case.must_not if p.search(answer.text)]
     if wrong:
-        return GoldenResult(case.id, False, f"must not contain {wrong[0]!r}: {answer.text[:200]!r}")
-    return GoldenResult(case.id, True, "")
+        return f"must not contain {wrong[0]!r}: {answer.text[:200]!r}"
+    return ""
 
 
 def _patterns(value: object, place: str) -> tuple[re.Pattern[str], ...]:

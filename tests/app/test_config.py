@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from app.config import (
     OBJECTIVE_OPTIONS,
+    GateSection,
     PairSection,
     Recipe,
     load_recipe,
@@ -207,3 +209,51 @@ def test_a_key_that_moved_is_named_with_its_new_place():
 def test_an_attention_that_cannot_be_is_refused(train, fault):
     with pytest.raises(RecipeError, match=re.escape(fault)):
         parse_recipe({"name": "x", "train": train}, place="test")
+
+
+EVALUATE = {"name": "x", "evaluate": {"prompts": "p", "judge_rules": "r"}}
+
+
+def gate(**section):
+    return (
+        parse_recipe({**EVALUATE, "evaluate": {**EVALUATE["evaluate"], "gate": section}}, place="x").evaluation().gate
+    )
+
+
+def test_a_rule_of_the_gate_is_changed_left_out_or_added_and_the_others_stay():
+    usual = gate().rules
+    changed = gate(
+        rules={
+            "judged_prompts": {"threshold": 40},
+            "perplexity": None,
+            "mine": {"metric": "m", "comparison": ">", "threshold": 1},
+        }
+    ).rules
+    assert (changed["judged_prompts"].threshold, changed["judged_prompts"].metric) == (40, "prompts")
+    assert changed["perplexity"] is None
+    assert (changed["mine"].bound, changed["mine"].decides, changed["mine"].absent) == ("value", "must", "hold")
+    assert changed["win_rate_sft"] == usual["win_rate_sft"]
+    again = GateSection.model_validate(gate(rules={"perplexity": None}).model_dump(mode="json"))
+    assert again.rules["perplexity"] is None
+
+
+def test_faults_of_a_gate_are_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"evaluate.gate.rules.mine.comparison"):
+        gate(rules={"mine": {"metric": "m", "threshold": 1}})
+    with pytest.raises(
+        RecipeError, match=r"evaluate.gate.min_prompts`: it is `evaluate.gate.rules.judged_prompts.threshold` now"
+    ):
+        gate(min_prompts=3)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({**EVALUATE, "evaluate": {**EVALUATE["evaluate"], "gate": str(tmp_path / "gate.yaml")}})
+    )
+    with pytest.raises(RecipeError, match=r"the gate .*gate.yaml` \(evaluate.gate\) cannot be read"):
+        load_recipe(path)
+    (tmp_path / "gate.yaml").write_text("level: 0.9\nrules: {judged_prompts: {threshold: 7}}\n")
+    found = load_recipe(path, ["evaluate.gate.rules.judged_prompts.decides=warn"]).evaluation().gate
+    assert (found.level, found.rules["judged_prompts"].threshold, found.rules["judged_prompts"].decides) == (
+        0.9,
+        7,
+        "warn",
+    )

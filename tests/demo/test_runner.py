@@ -195,4 +195,5 @@ def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(
     told = load_recipe(Path(RECIPE), settings)
     assert (told.collect.max_tokens, told.evaluate.max_new_tokens) == limits
     gates = [recipe.evaluate.gate for recipe in (told, load_recipe(RECIPE))]
-    assert [(gate.min_prompts, gate.reward_accuracy_over) for gate in gates] == [(40, 0.4), (120, 0.5)]
+    thresholds = [[gate.rules[name].threshold for name in ("judged_prompts", "reward_accuracy")] for gate in gates]
+    assert thresholds == [[40, 0.4], [120, 0.5]]

@@ -7,15 +7,17 @@ import pytest
 from rich.console import Console
 
 from app.config import GateSection
-from app.evaluation import suites
-from app.evaluation.gate import Measurements, Sides, decide
+from app.evaluation import gate, suites
 from app.evaluation.intervals import Estimate, Resampling, mean_rate
+from app.evaluation.measurements import Measurements, Sides
+from app.evaluation.metrics import Metric
 from app.evaluation.report import EvaluationReport
 from app.evaluation.rules import parse_style
 from app.evaluation.suites import Answer, GoldenResult, RuleJudge, WinRate
 
 QUICK = Resampling(samples=400)
 GATE = GateSection()
+PROGRESS = GateSection(rules={"win_rate_champion": {"threshold": 0.5}})
 STYLE = parse_style(
     {
         "name": "s",
@@ -28,6 +30,14 @@ STYLE = parse_style(
 )
 WORDS = [f"{a}{b}" for a in ("tea", "sun", "oak", "bee", "salt", "wool", "iron", "rain") for b in range(20)]
 PROMPTS = {f"p{i}": f"Explain {word} in one sentence." for i, word in enumerate(WORDS)}
+
+
+def decide(measurements, section):
+    return gate.decide(measurements.metrics(), section)
+
+
+def rules(**changes):
+    return GateSection(rules=changes)
 
 
 def estimate(value=0.8, low=0.7, high=0.9, n=150, method="bootstrap"):
@@ -58,27 +68,24 @@ def test_a_candidate_that_holds_every_rule_ships():
     assert verdict.decision == "SHIP"
     assert verdict.reasons == ()
     assert len({rule.name for rule in verdict.rules}) == len(verdict.rules) == 12
+    assert verdict.power.startswith("with 150 prompt clusters a true win rate over SFT of 64.")
 
 
 @pytest.mark.parametrize(
     ("rule", "change", "words"),
     [
-        ("min_prompts", {"over_champion": win(n=80)}, "20 more"),
-        ("win_rate_over_champion", {"over_champion": win(value=0.56, low=0.48)}, "prompts would be needed"),
-        (
-            "win_rate_over_champion",
-            {"over_champion": win(value=0.5, low=0.5, method="constant")},
-            "does not exceed 50.0%",
-        ),
-        ("win_rate_over_sft", {"over_sft": win(value=0.4, low=0.3)}, "SFT"),
-        ("win_rate_over_sft", {"over_sft": win(value=0.5, low=0.0, n=0, method="empty")}, "no answer could be judged"),
+        ("judged_prompts", {"over_champion": win(n=80)}, "20 more"),
+        ("win_rate_champion", {"over_champion": win(value=0.52, low=0.46)}, "prompts would be needed"),
+        ("win_rate_sft", {"over_sft": win(value=0.5, low=0.5, method="constant")}, "more than 0.5 is needed"),
+        ("win_rate_sft", {"over_sft": win(value=0.4, low=0.3)}, "win_rate.sft is 0.4 [0.3, 0.9] on 150 (100 wins"),
+        ("win_rate_sft", {"over_sft": win(value=0.5, low=0.0, n=0, method="empty")}, "no answer could be judged"),
         ("reward_accuracy", {"reward_accuracy": estimate(0.6, 0.45)}, "chance"),
-        ("reward_accuracy", {"reward_accuracy": None}, "not measured"),
+        ("reward_accuracy", {"reward_accuracy": None}, "could not be measured"),
         ("length_ratio_min", {"length_ratio": estimate(0.6, 0.5)}, "at least 0.7"),
         ("length_ratio_max", {"length_ratio": estimate(1.5, 1.3)}, "at most 1.4"),
-        ("golden", {"golden": (GoldenResult("paris", False, "must contain 'Paris'"),)}, "paris"),
-        ("finished", {"finished": Sides(0.8, 0.95)}, "at least 0.85"),
-        ("repetition", {"looping": Sides(0.2, 0.05)}, "at most 0.15"),
+        ("golden_pass_rate", {"golden": (GoldenResult("paris", False, "must contain 'Paris'"),)}, "paris"),
+        ("finished", {"finished": Sides(0.8, 0.95)}, "at least -0.1 is needed"),
+        ("repetition", {"looping": Sides(0.2, 0.05)}, "at most 0.1 is allowed"),
         ("distinct", {"distinct": Sides(0.4, 1.0)}, "distinct"),
         ("relevance", {"relevance": Sides(0.1, 0.8)}, "relevance"),
         ("perplexity", {"perplexity": Sides(40.0, 27.0)}, "perplexity"),
@@ -95,14 +102,49 @@ def test_each_rule_alone_can_hold_and_says_why(rule, change, words):
 def test_values_on_their_bounds_pass_and_a_win_rate_must_exceed_its_bound():
     on_bounds = replace(GOOD, finished=Sides(0.9 - 0.1, 0.9), looping=Sides(0.3, 0.2), length_ratio=estimate(1.4))
     assert decide(on_bounds, GATE).decision == "SHIP"
-    assert decide(replace(GOOD, over_champion=win(value=0.6, low=0.5)), GATE).decision == "HOLD"
+    assert decide(replace(GOOD, over_sft=win(value=0.6, low=0.5)), GATE).decision == "HOLD"
+
+
+def test_a_champion_need_not_be_beaten_unless_the_recipe_asks_for_progress():
+    equal = replace(GOOD, over_champion=win(value=0.53, low=0.48, high=0.58))
+    assert decide(equal, GATE).decision == "SHIP"
+    assert decide(equal, rules(win_rate_champion={"threshold": 0.5})).decision == "HOLD"
 
 
 def test_what_the_recipe_does_not_ask_for_is_no_rule():
     bare = replace(GOOD, golden=None, perplexity=None, reward_accuracy=None)
-    verdict = decide(bare, GateSection(reward_accuracy_over=None))
+    verdict = decide(bare, rules(reward_accuracy=None))
     assert verdict.decision == "SHIP"
-    assert {"golden", "perplexity", "reward_accuracy"}.isdisjoint(rule.name for rule in verdict.rules)
+    assert {"golden_pass_rate", "perplexity", "reward_accuracy"}.isdisjoint(rule.name for rule in verdict.rules)
+
+
+def test_a_rule_of_one_s_own_asks_any_metric_and_one_that_nothing_measures_holds():
+    mine = {"metric": "mt_bench.gain", "bound": "low", "comparison": ">", "threshold": 0}
+    measured = [*GOOD.metrics(), Metric("mt_bench.gain", 0.4, -0.1, 0.9, 160)]
+    held = gate.decide(measured, rules(better_grades=mine))
+    assert "its lower bound is -0.1, more than 0 is needed" in held.reasons[0]
+    assert gate.decide(measured, rules(better_grades={**mine, "threshold": -0.2})).decision == "SHIP"
+    absent = decide(GOOD, rules(better_grades={**mine, "metric": "mt_bench.gian"}))
+    assert absent.reasons == ("nothing measured `mt_bench.gian`: no suite of this recipe measures it",)
+    near = decide(GOOD, rules(longer={"metric": "length_ration", "comparison": "<", "threshold": 2}))
+    assert near.reasons == ("nothing measured `length_ration`: did you mean `length_ratio`?",)
+    no_interval = decide(
+        GOOD, rules(longer={"metric": "finished.change", "bound": "low", "comparison": ">", "threshold": -1})
+    )
+    assert "has no low end of an interval" in no_interval.reasons[0]
+
+
+def test_a_warning_is_told_and_does_not_hold():
+    verdict = decide(replace(GOOD, length_ratio=estimate(1.5, 1.3)), rules(length_ratio_max={"decides": "warn"}))
+    assert (verdict.decision, verdict.reasons) == ("SHIP", ())
+    assert "at most 1.4 is allowed" in verdict.warnings[0]
+
+
+def test_only_golden_cases_that_must_pass_hold():
+    golden = (GoldenResult("a", True, ""), GoldenResult("b", False, "must contain", must_pass=False))
+    assert decide(replace(GOOD, golden=golden), GATE).decision == "SHIP"
+    asked = rules(all_golden={"metric": "golden.pass_rate", "comparison": ">=", "threshold": 0.9})
+    assert "golden.pass_rate is 0.5" in decide(replace(GOOD, golden=golden), asked).reasons[0]
 
 
 def scripted(say, model, *, reason="stop"):
@@ -137,7 +179,7 @@ def measured(candidate):
 
 
 def failing(candidate):
-    return {rule.name for rule in decide(measured(candidate), GATE).rules if not rule.passed}
+    return {rule.name for rule in decide(measured(candidate), PROGRESS).rules if not rule.passed}
 
 
 def test_an_honest_improvement_in_the_style_ships():
@@ -162,10 +204,10 @@ def test_a_template_that_ignores_the_prompt_holds_although_every_answer_differs(
 
 def test_the_same_answers_only_shorter_do_not_win():
     half = scripted(lambda word, i: " ".join(sft(word, i).split()[:7]), "new")
-    assert "win_rate_over_champion" in failing(half) or "length_ratio_min" in failing(half)
+    assert "win_rate_champion" in failing(half) or "length_ratio_min" in failing(half)
     assert {"length_ratio_min"} <= failing(half)
     a_little = scripted(lambda word, i: sft(word, i).rsplit(",", 1)[0], "new")
-    assert failing(a_little) == {"win_rate_over_champion", "win_rate_over_sft"}
+    assert failing(a_little) == {"win_rate_champion", "win_rate_sft"}
 
 
 def test_spoiling_the_answers_that_would_lose_is_no_way_to_win():

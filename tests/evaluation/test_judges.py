@@ -1,16 +1,23 @@
 """A judge is asked each task once, keeps to its limits, and cannot be spoken for by what it judges."""
 
+import subprocess
+import sys
 import time
 from itertools import islice, product
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from app.config import JudgeSection
 from app.errors import RecipeError, ServiceError
 from app.evaluation.judge_prompts import classify_refusal, compare, grade
 from app.evaluation.judges import EndpointJudge
 from app.evaluation.verdicts import games, parse_refusal, parse_score, parse_verdict
+from app.ledger import JudgementRow
 from tests.evaluation.scripted_judge import scripted_judge
+
+ROOT = Path(__file__).parents[2]
 
 
 def endpoint(judge, **options) -> EndpointJudge:
@@ -166,3 +173,30 @@ def test_fifty_hostile_answers_forge_no_verdict_and_change_none(ledger):
     with scripted_judge(lambda asked: f"{asked.block('answer A')}\n{asked.block('answer B')}") as judge:
         replies = endpoint(judge, temperature=0.1).judge(ledger, wanted).replies
     assert [parse_verdict(reply.text, reply.nonce) for reply in replies.values()] == [None] * 100
+
+
+def test_a_judging_that_is_killed_again_and_again_asks_for_what_is_missing_alone(ledger, home):
+    """500 prompts, two games each, and three kills: what was stored is never asked for again, and nothing is missing."""
+    with scripted_judge(longer, seconds=0.01) as judge:
+        command = [sys.executable, "-m", "tests.evaluation.judge_in_a_process", home.ledger_url, judge.url, "500"]
+        for part in (150, 400, 700):
+            with subprocess.Popen(command, cwd=ROOT) as child:
+                while len(judge.asked) < part:
+                    assert child.poll() is None
+                    time.sleep(0.01)
+                child.kill()
+            assert 0 < len(stored(ledger)) <= len(judge.asked)
+        before, asked = len(stored(ledger)), len(judge.asked)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["1000", "0", str(1000 - before)]
+        assert len(judge.asked) == asked + 1000 - before
+        # Whatever was asked twice was on its way when the process died: eight requests at most for each kill.
+        assert len(judge.asked) <= 1000 + 3 * 8
+        nothing_new = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert nothing_new.stdout.split() == ["1000", "0", "0"]
+    assert len(stored(ledger)) == 1000
+
+
+def stored(ledger) -> list[str]:
+    with ledger.read() as session:
+        return list(session.scalars(sa.select(JudgementRow.judgement_id)))

@@ -157,10 +157,13 @@ def write_recipe(folder: Path, sft: Path, *, port: int) -> Path:
             "judge_rules": str(folder / "style.json"),
             "max_new_tokens": 16,
             "gate": {
-                "min_prompts": 10,
-                "distinct_ratio_min": 0,
-                "relevance_ratio_min": 0,
-                "reward_accuracy_over": None,
+                "rules": {
+                    "judged_prompts": {"threshold": 10},
+                    "win_rate_champion": {"threshold": 0.5},
+                    "distinct": None,
+                    "relevance": None,
+                    "reward_accuracy": None,
+                }
             },
         },
         "serving": {

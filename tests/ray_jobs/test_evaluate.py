@@ -85,7 +85,7 @@ def stage(tmp_path_factory, tiny_model):
                 "neutral_text": str(root / "neutral.txt"),
                 "max_new_tokens": 8,
                 "batch_size": 2,
-                "gate": {"min_prompts": 10},
+                "gate": {"rules": {"judged_prompts": {"threshold": 10}}},
             },
         },
         place="test",
@@ -139,10 +139,11 @@ def test_nothing_is_generated_twice(stage, verdict, monkeypatch):
     assert again.evaluation_id == verdict.evaluation_id
     # Other bounds: a new verdict from the answers that are kept.
     stricter = recipe.model_dump(mode="json")
-    stricter["evaluate"]["gate"] |= {"min_prompts": 500, "level": 0.99}
+    stricter["evaluate"]["gate"]["level"] = 0.99
+    stricter["evaluate"]["gate"]["rules"]["judged_prompts"]["threshold"] = 500
     judged = evaluate(home, ledger, parse_recipe(stricter, place="test"), candidate.model_id, "run-1")
     assert judged.evaluation_id != verdict.evaluation_id
-    assert any("500 are needed" in reason for reason in judged.report["reasons"])
+    assert any("500 is needed" in reason for reason in judged.report["reasons"])
     levels = [r.report["measurements"]["reward_accuracy"] for r in (verdict, judged)]
     assert levels[1]["level"] == 0.99
     assert levels[1]["low"] < levels[0]["low"]
@@ -192,7 +193,7 @@ def test_what_a_model_refuses_is_told_without_a_trace(cluster, stage, monkeypatc
 def test_a_verdict_that_is_asked_for_again_becomes_the_newest(stage, verdict):
     home, ledger, recipe, _, candidate = stage
     tree = recipe.model_dump(mode="json")
-    tree["evaluate"]["gate"]["min_prompts"] = 600
+    tree["evaluate"]["gate"]["rules"]["judged_prompts"]["threshold"] = 600
     other = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, "run-1")
     again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
     assert again.evaluation_id == verdict.evaluation_id

@@ -84,7 +84,7 @@ def stage(home, ledger, tmp_path):
             "max_new_tokens": 12,
             "batch_size": 8,
             "bootstrap_samples": 200,
-            "gate": {"min_prompts": 1},
+            "gate": {"rules": {"judged_prompts": {"threshold": 1}}},
         },
     }
 
