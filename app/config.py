@@ -387,7 +387,7 @@ GATE_RULES: Mapping[str, Mapping[str, Any]] = {
     "judged_prompts": {"metric": "prompts", "comparison": ">=", "threshold": 100},
     "judge": {"metric": "judge.usable", "comparison": ">=", "threshold": 1, "absent": "pass"},
     "null_model": {"metric": "null_model", "bound": "high", "comparison": "<", "threshold": 0.5, "absent": "pass"},
-    "win_rate_champion": {"metric": "win_rate.champion", "bound": "low", "comparison": ">", "threshold": 0.47},
+    "win_rate_champion": {"metric": "win_rate.champion", "bound": "low", "comparison": ">", "threshold": 0.5},
     "win_rate_sft": {"metric": "win_rate.sft", "bound": "low", "comparison": ">", "threshold": 0.5},
     "reward_accuracy": {"metric": "reward_accuracy", "bound": "low", "comparison": ">", "threshold": 0.5},
     "length_ratio_min": {"metric": "length_ratio", "comparison": ">=", "threshold": 0.7},

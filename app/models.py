@@ -49,6 +49,7 @@ _ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".mode
 _PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 # Keys by which a config can make transformers import or run something of the folder's choosing.
 _FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_attn_implementation_internal"})
+_SHAPES = "128"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -193,6 +194,18 @@ def register_folder(
     return row
 
 
+def bound_shape_caches() -> None:
+    """Let matrix products on the CPU remember few shapes; to be called before a process computes its first one.
+
+    oneDNN and PyTorch's layer on top of it keep a compiled kernel for each shape, half a megabyte each, 1024 shapes in
+    each of two caches. Packed rows hardly ever have the same length twice, so nothing is found again but what the next
+    layer wants, and a run grows by some 50 MB a step, with the heap broken up around them. 128 hold all shapes of one
+    micro-batch. Values in the environment stay.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, _SHAPES)
+
+
 def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | None = None) -> LoadedModel:
     """Verify an artifact and load it for evaluation (`eval` mode, no gradients).
 
@@ -207,6 +220,7 @@ def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | 
         ModelError: the folder holds something that must not be loaded.
     """
     _quiet_libraries()
+    bound_shape_caches()
     artifact = home.artifact("models", model_id)
     manifest = artifact.verify()
     with artifact.local_copy() as folder:

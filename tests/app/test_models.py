@@ -1,7 +1,12 @@
 """SFT checkpoints: what is brought in can be loaded; what cannot is refused with one clear message."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +163,20 @@ def test_an_architecture_without_stock_sdpa_is_brought_in_and_answers(home, ledg
     request = GenerationRequest((3, 4, 5), temperature=0.0, top_p=1.0, max_tokens=3)
     (answer,) = generate(loaded, [request])
     assert len(answer.token_ids) >= 1
+
+
+def heap_growth(**environment) -> float:
+    """Megabytes that 200 shapes cost after the first 200."""
+    command = [sys.executable, "-m", "tests.app.shapes_in_a_process", "200", "400"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=clean | environment, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc how large the heap is")
+def test_products_of_ever_new_shapes_do_not_grow_the_heap():
+    assert heap_growth() < 5
+    usual = heap_growth(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")
+    # Where the CPU has no kernels to compile there is nothing to bound.
+    assert usual > 20 or not torch.backends.mkldnn.is_available() or usual < 5
