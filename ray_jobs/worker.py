@@ -305,7 +305,7 @@ def held_out_measures(home: Home, run_id: str) -> Measures | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which a gate with reward_accuracy_over holds."
+        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which the gate's rule `reward_accuracy` holds."
         raise DataError(msg) from None
 
 
