@@ -37,7 +37,6 @@ _MOVED = {
             "length_ratio_min": "length_ratio_min",
             "length_ratio_max": "length_ratio_max",
             "golden_pass_rate": "golden_pass_rate",
-            "finished_drop_max": "finished",
             "repetition_rise_max": "repetition",
             "perplexity_ratio_max": "perplexity",
             "distinct_ratio_min": "distinct",
@@ -487,7 +486,7 @@ class EvaluateSection(Section):
         None, description="JSON of rules that stand in for a judge: name, rules, edits; this or `judge`."
     )
     judge: JudgeSection | None = Field(None, description="A model that judges; this or `judge_rules`.")
-    null_model_prompts: int | None = Field(None, ge=1, description="Prompts on which constant answers are judged.")
+    null_model_prompts: int | None = Field(None, ge=6, description="Prompts on which constant answers are judged.")
     arena_hard: ArenaHardSection | None = Field(None, description="Suite; left out by default.")
     mt_bench: MtBenchSection | None = Field(None, description="Suite; left out by default.")
     alpaca: AlpacaSection | None = Field(None, description="Suite; left out by default.")

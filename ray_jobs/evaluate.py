@@ -31,9 +31,12 @@ from app.evaluation.battery import (
     WinRateSuite,
     build_battery,
     health_of,
+    without_verdicts,
 )
 from app.evaluation.gate import decide
 from app.evaluation.intervals import Resampling
+from app.evaluation.judge_prompts import prompts_digest
+from app.evaluation.judged import NULL_ANSWERS
 from app.evaluation.judges import EndpointJudge
 from app.evaluation.learning import judge_learning, reward_accuracy
 from app.evaluation.measurements import Measurements, Sides
@@ -187,7 +190,11 @@ def _identity(
         None if material.style is None else [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
         None if material.judge is None else material.judge.settings,
         [repr(suite) for suite in material.suites],
-        [[g.id, g.prompt, [p.pattern for p in g.must], [p.pattern for p in g.must_not]] for g in material.golden],
+        [
+            [g.id, g.prompt, [p.pattern for p in g.must], [p.pattern for p in g.must_not], g.exact, g.must_pass]
+            for g in material.golden
+        ],
+        None if material.judge is None else [prompts_digest(), NULL_ANSWERS],
         material.neutral_text,
         section.gate.model_dump(mode="json"),
         section.bootstrap_samples,
@@ -283,6 +290,9 @@ def _judge(
                 ledger, tasks, on_progress=lambda done, total: meter.show("evaluate: judgements", done, total)
             )
     results = {suite.name: suite.measure(said[suite.name], judged, resampling) for suite in material.suites}
+    health = health_of(results, resampling)
+    if health is not None and not health.usable:
+        results = {name: without_verdicts(result, health) for name, result in results.items()}
     return results, dict(Counter(() if judged is None else judged.failures.values()))
 
 

@@ -35,7 +35,7 @@ from app.evaluation.judged import (
     tasks_of,
 )
 from app.evaluation.judges import Judged
-from app.evaluation.metrics import Metric, estimated
+from app.evaluation.metrics import Metric, estimated, plain
 from app.evaluation.questions import (
     AnswerFile,
     Question,
@@ -47,7 +47,7 @@ from app.evaluation.questions import (
     xstest_questions,
 )
 from app.evaluation.ratings import Rating, Ratings
-from app.evaluation.refusals import refusal_tasks, refusals
+from app.evaluation.refusals import no_answer, refusal_tasks, refusals
 from app.evaluation.suites import Answer
 from app.evaluation.verdicts import refuses
 
@@ -325,7 +325,9 @@ class RefusalSuite:
             result.detail[role] = asdict(found)
         for half in ("safe", "unsafe"):
             both = [
-                q for q in self.questions if q.category == half and all(_first(said[r])[q.id].valid for r in self.roles)
+                q
+                for q in self.questions
+                if q.category == half and not any(no_answer(_first(said[r])[q.id]) for r in self.roles)
             ]
             rises = [
                 float(refuses(_first(said["candidate"])[q.id].text))
@@ -385,8 +387,9 @@ def build_battery(section: EvaluateSection, prompts: Sequence[Question]) -> list
     if section.null_model_prompts is not None:
         suites.append(NullModelSuite(tuple(prompts[: section.null_model_prompts])))
     if (arena := section.arena_hard) is not None:
-        questions = arena_hard_questions(arena.questions)[: arena.max_questions]
-        suites.append(ArenaHardSuite(tuple(questions), _baselines(questions, arena.baseline)))
+        questions = arena_hard_questions(arena.questions)
+        baselines = _baselines(questions, arena.baseline)
+        suites.append(ArenaHardSuite(tuple(questions[: arena.max_questions]), baselines))
     if (mt := section.mt_bench) is not None:
         suites.append(MtBenchSuite(tuple(mt_bench_questions(mt.questions, mt.references)[: mt.max_questions])))
     if (instructions := section.alpaca) is not None:
@@ -397,9 +400,21 @@ def build_battery(section: EvaluateSection, prompts: Sequence[Question]) -> list
     return suites
 
 
+def without_verdicts(result: SuiteResult, health: JudgeHealth) -> SuiteResult:
+    """Take the numbers away that an unusable judge gave; what strings say of refusals stays."""
+    why = f"the judge is unusable: {'; '.join(health.reasons)}"
+    kept = tuple(
+        metric
+        if metric.name.startswith("refusal.") and not metric.name.startswith("refusal.judged_")
+        else Metric(metric.name, None, None, None, metric.n, why)
+        for metric in result.metrics
+    )
+    return replace(result, metrics=kept, outcomes={role: {} for role in result.outcomes})
+
+
 def health_of(results: Mapping[str, SuiteResult], resampling: Resampling) -> JudgeHealth | None:
     """Return how the judge behaved over the comparisons of all suites; None where it compared nothing."""
-    comparisons = [c for result in results.values() for c in result.comparisons]
+    comparisons = [c for result in results.values() for c in result.comparisons if not c.identical]
     failures: Counter[str] = Counter()
     for result in results.values():
         failures.update(result.failures)
@@ -469,6 +484,9 @@ def _difference(
     if not values:
         return Metric(name, None, None, None, 0, "no prompt has both")
     estimate: Estimate = mean_ratio(values, [1.0] * len(values), clusters, resampling=resampling)
+    if estimate.method == "constant":
+        # One prompt, or all alike: resamples would claim a certainty that so few differences cannot have.
+        return plain(name, estimate.value, estimate.n, f"{note}; all differences are alike, so there is no interval")
     return estimated(name, estimate, note)
 
 
@@ -484,9 +502,14 @@ def _baselines(questions: Sequence[Question], baseline: str | Mapping[str, str])
         msg = f"evaluate.arena_hard.baseline names answers for `{strangers[0]}`, which is no category of the questions ({', '.join(categories)})"
         raise DataError(msg)
     files = {place: read_answers(place) for place in set(places.values())}
+    merged: dict[str, dict[str, tuple[str, ...]]] = {}
     for category in categories:
-        require_answers([q for q in questions if q.category == category], files[places[category]], places[category])
-    return {category: files[places[category]] for category in categories}
+        asked, file = [q for q in questions if q.category == category], files[places[category]]
+        require_answers(asked, file, places[category])
+        # One model may have a file for each category.
+        merged.setdefault(file.model, {}).update({q.id: file.turns[q.id] for q in asked})
+    of_model = {model: AnswerFile(model, turns) for model, turns in merged.items()}
+    return {category: of_model[files[places[category]].model] for category in categories}
 
 
 def _both_halves(questions: Sequence[Question], count: int | None) -> list[Question]:

@@ -68,7 +68,7 @@ def read_battles(place: str) -> Battles:
         msg = f"`{place}` holds no battles"
         raise DataError(msg)
     rows = [row for _, row in placed]
-    columns = rows[0].keys()
+    columns = dict.fromkeys(key for row in rows for key in row).keys()
     shape = next((shape for shape in _SHAPES if {*shape[:2], "winner"} <= columns), None)
     if shape is None:
         msg = f"`{place}` has the columns {', '.join(columns)}\n\nHint: `left`, `right`, `winner` are needed, or `model_a`, `model_b`, `winner`."
@@ -84,8 +84,12 @@ def read_battles(place: str) -> Battles:
         if sides[0] == sides[1]:
             msg = f"{where}: `{sides[0]}` stands against itself"
             raise DataError(msg)
-        if row.get("winner") not in points:
+        if not isinstance(row.get("winner"), str) or row["winner"] not in points:
             msg = f"{where}: `winner` is {row.get('winner')!r}, not one of {', '.join(points)}"
+            raise DataError(msg)
+        lacking = [key for key in texts if not isinstance(row.get(key), str)]
+        if lacking:
+            msg = f"{where}: `{lacking[0]}` must be text, found {row.get(lacking[0])!r}"
             raise DataError(msg)
         for side in sides:
             index.setdefault(side, len(index))

@@ -36,6 +36,8 @@ class Comparison:
     games: Games
     candidate_length: int
     baseline_length: int
+    identical: bool = False
+    """The same answer on both sides: a tie that nobody was asked about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,11 @@ End with exactly one line, the class: [[{{nonce}} full_compliance]], [[{{nonce}}
 }
 
 
+def prompts_digest() -> str:
+    """Return a hash of all prompts: what a judge was asked changes with them."""
+    return content_hash(dict(_PROMPTS))
+
+
 @dataclass(frozen=True, slots=True)
 class JudgeTask:
     """One question to a judge: which prompt, and the material by title, such as ("answer A", text)."""

@@ -51,6 +51,11 @@ class Pair:
     """Characters of the last answer."""
     baseline_length: int
 
+    @property
+    def identical(self) -> bool:
+        """Whether both sides say the same, so that both games are one."""
+        return self.first.material == self.second.material
+
 
 def pair_up(
     questions: Sequence[Question],
@@ -85,7 +90,9 @@ def read_pairs(pairs: Sequence[Pair], judged: Judged) -> tuple[list[Comparison],
     """Return the comparisons that a judge's replies make, and the failures by reason."""
     failures: Counter[str] = Counter()
 
-    def verdict(task: JudgeTask) -> int | None:
+    def verdict(pair: Pair, task: JudgeTask) -> int | None:
+        if pair.identical:
+            return 0
         reply = judged.replies.get(task.key)
         if reply is None:
             failures[judged.failures[task.key]] += 1
@@ -97,9 +104,10 @@ def read_pairs(pairs: Sequence[Pair], judged: Judged) -> tuple[list[Comparison],
             p.question.id,
             p.question.cluster,
             p.question.category,
-            games(verdict(p.first), verdict(p.second)),
+            games(verdict(p, p.first), verdict(p, p.second)),
             p.candidate_length,
             p.baseline_length,
+            p.identical,
         )
         for p in pairs
     ]
@@ -107,8 +115,8 @@ def read_pairs(pairs: Sequence[Pair], judged: Judged) -> tuple[list[Comparison],
 
 
 def tasks_of(pairs: Sequence[Pair]) -> list[JudgeTask]:
-    """Return the tasks of all games."""
-    return [task for pair in pairs for task in (pair.first, pair.second)]
+    """Return the tasks of all games; two equal answers tie without a judge, who could only be caught in a flip."""
+    return [task for pair in pairs if not pair.identical for task in (pair.first, pair.second)]
 
 
 def arena_hard_prompt(question: Question) -> PromptName:

@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import openai
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from app.config import JudgeSection
-from app.errors import RecipeError, ServiceError
+from app.errors import PrefloopError, RecipeError, ServiceError
 from app.evaluation.judge_prompts import JudgeTask
 from app.ledger import JudgementRow, Ledger, now
 from app.schemas import content_hash
 
 _NONCE_BYTES: Final = 8
-_CONFIGURATION: Final = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+_CONFIGURATION: Final = (openai.AuthenticationError, openai.NotFoundError)
+_ENOUGH_TO_TELL: Final = 8
+"""So many tasks that all fail are no matter of the tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,9 @@ class EndpointJudge:
             asyncio.run(run.ask_all(missing))
             known.update(run.replies)
             failures = run.failures
+            if not run.replies and len(failures) >= _ENOUGH_TO_TELL:
+                msg = f"the judge {self.name} answered none of {len(failures)} tasks; the last error: {run.last_error}\n\nHint: look at evaluate.judge; the same command asks again."
+                raise ServiceError(msg)
         by_task = {key: task.key for key, task in wanted.items()}
         return Judged(
             {by_task[key]: reply for key, reply in known.items()},
@@ -124,6 +129,7 @@ class _Run:
     replies: dict[str, Reply] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     next_at: float = 0.0
+    last_error: str = ""
 
     async def ask_all(self, tasks: dict[str, JudgeTask]) -> None:
         section = self.section
@@ -145,7 +151,7 @@ class _Run:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(section.concurrency, len(tasks))):
                         group.create_task(worker())
-            except* ServiceError as group_error:
+            except* PrefloopError as group_error:
                 raise group_error.exceptions[0] from None
 
     async def _ask(self, client: openai.AsyncOpenAI, key: str, task: JudgeTask) -> None:
@@ -161,19 +167,20 @@ class _Run:
         except _CONFIGURATION as error:
             msg = f"the judge {self.name} refuses: {error}\n\nHint: look at evaluate.judge: url, model and api_key_variable. What was judged before is kept."
             raise ServiceError(msg) from None
-        except openai.APITimeoutError:
-            self.failures[key] = "timeout"
-            return
-        except openai.APIConnectionError:
-            self.failures[key] = "no connection"
-            return
+        except openai.APITimeoutError as error:
+            return self._failed(key, "timeout", error)
+        except openai.APIConnectionError as error:
+            return self._failed(key, "no connection", error)
         except openai.APIStatusError as error:
-            self.failures[key] = f"status {error.status_code}"
-            return
+            return self._failed(key, f"status {error.status_code}", error)
+        except openai.OpenAIError as error:
+            return self._failed(key, "malformed", error)
+        # The client hands on whatever an endpoint says that is no JSON.
+        if not isinstance(completion, ChatCompletion):
+            return self._failed(key, "malformed", completion)
         choice = completion.choices[0] if completion.choices else None
         if choice is None or choice.finish_reason == "content_filter" or choice.message.refusal:
-            self.failures[key] = "refused"
-            return
+            return self._failed(key, "refused", choice)
         usage = completion.usage
         reply = Reply(
             text=choice.message.content or "",
@@ -196,6 +203,11 @@ class _Run:
         )
         self.replies[key] = reply
         self.spent += reply.prompt_tokens + reply.completion_tokens
+        return None
+
+    def _failed(self, key: str, reason: str, error: object) -> None:
+        self.failures[key] = reason
+        self.last_error = f"{reason}: {str(error)[:300]}"
 
     async def _pace(self) -> None:
         if self.section.requests_per_minute is None:

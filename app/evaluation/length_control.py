@@ -91,9 +91,14 @@ def length_controlled(
     matched = mean_rate(
         target[alike].tolist(), [c for c, a in zip(clusters, alike, strict=True) if a], resampling=resampling
     )
+    if not len(target):
+        return LengthControlled(None, raw, matched, overlap, None, "no comparison has two verdicts")
     if overlap < FEWEST_ALIKE:
         reason = f"only {overlap:.0%} of the prompts have answers of about equal length, {FEWEST_ALIKE:.0%} are needed: not identifiable"
         return LengthControlled(None, raw, matched, overlap, None, reason)
+    if raw.method == "exact":
+        # All wins or all losses: there is nothing to fit, and the exact bound of the plain rate is what is known.
+        return LengthControlled(raw, raw, matched, overlap, None, "all comparisons ended the same way")
     gaps = other - mine
     spread = float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0
     columns = [np.ones_like(gaps), np.tanh(gaps / spread) if spread else np.zeros_like(gaps)]

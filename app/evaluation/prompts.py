@@ -62,7 +62,8 @@ def load_prompts(place: str) -> PromptFile:
             repeated += 1
             continue
         texts.add(_plain(text))
-        identity, cluster = row.get("id"), row.get("cluster")
+        # A blank cell of a CSV is no name.
+        identity, cluster = (None if row.get(key) == "" else row.get(key) for key in ("id", "cluster"))
         name = content_hash(text)[:16] if identity is None else str(identity)
         if name in entries:
             msg = f"{where}: the id `{name}` is used by another prompt as well"

@@ -48,7 +48,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number with its intervals; None where the file names no prompts, or no raters."""
+    """A number with its intervals; None where the file names fewer than two prompts, or raters."""
 
     value: float
     by_row: Interval
@@ -107,7 +107,10 @@ def rate(battles: Battles, *, baseline: str | None, style: Sequence[str] = (), r
     units = {"row": None, "prompt": battles.prompts, "rater": battles.raters}
     values = fit(np.ones((1, len(battles.left))))[0]
     bounds = {
-        name: _bounds(fit, names, resampling) for name, names in units.items() if name == "row" or names is not None
+        name: _bounds(fit, names, resampling)
+        for name, names in units.items()
+        # One prompt or one rater says nothing of another.
+        if name == "row" or (names is not None and len(set(names)) > 1)
     }
 
     def figure(column: int, factor: float = 1.0, offset: float = 0.0) -> Figure:

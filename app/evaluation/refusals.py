@@ -42,7 +42,7 @@ class Refusals:
 
 def refusal_tasks(questions: Sequence[Question], answers: Mapping[str, Answer]) -> dict[str, JudgeTask]:
     """Return what to ask a judge, by question; invalid answers are not asked about."""
-    return {q.id: classify_refusal(q.turns[0], answers[q.id].text) for q in questions if not _invalid(answers[q.id])}
+    return {q.id: classify_refusal(q.turns[0], answers[q.id].text) for q in questions if not no_answer(answers[q.id])}
 
 
 def refusals(
@@ -60,7 +60,7 @@ def refusals(
         judged: replies to `refusal_tasks`; None where there is no judge.
         resampling: level, resamples, seed.
     """
-    valid = [q for q in questions if not _invalid(answers[q.id])]
+    valid = [q for q in questions if not no_answer(answers[q.id])]
     by_string: dict[str, RefusalClass | None] = {
         q.id: "full_refusal" if refuses(answers[q.id].text) else "full_compliance" for q in valid
     }
@@ -74,7 +74,7 @@ def refusals(
         by_string=_rates(valid, by_string, resampling),
         by_judge=None if by_judge is None else _rates(valid, by_judge, resampling),
         invalid={
-            half: sum(q.category == half for q in questions if _invalid(answers[q.id])) for half in ("safe", "unsafe")
+            half: sum(q.category == half for q in questions if no_answer(answers[q.id])) for half in ("safe", "unsafe")
         },
     )
 
@@ -101,5 +101,6 @@ def _rates(
     )
 
 
-def _invalid(answer: Answer) -> bool:
+def no_answer(answer: Answer) -> bool:
+    """Say whether an answer is neither compliance nor refusal: empty, cut, or looping."""
     return not answer.valid or loops(answer.text)

@@ -249,3 +249,14 @@ class TestPublished:
         classes = Counter(found.by_judge.classes["safe"])
         assert (classes["full_refusal"] / 250, classes["partial_refusal"] / 250) == (0.38, 0.216)
         assert found.by_judge.safe.value == pytest.approx(0.596)
+
+
+def test_two_equal_answers_tie_without_a_judge():
+    questions = ask(2)
+    mine, other = {"q0": ("same",), "q1": ("longer one",)}, {"q0": ("same",), "q1": ("short",)}
+    pairs = pair_up(questions, mine, other, arena_hard_prompt)
+    tasks = tasks_of(pairs)
+    assert len(tasks) == 2
+    comparisons, failures = read_pairs(pairs, replied(tasks, longer))
+    assert [(c.games.outcome, c.identical) for c in comparisons] == [(0, True), (1, False)]
+    assert not failures

@@ -83,7 +83,7 @@ def test_silence_and_refusals_are_counted_by_reason(ledger):
     assert list(endpoint(judge, retries=0).judge(ledger, tasks(1)).failures.values()) == ["no connection"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_key_or_model_stops_at_once(ledger, status):
     with scripted_judge(longer) as judge:
         judge.statuses[:] = [status] * 99
@@ -200,3 +200,13 @@ def test_a_judging_that_is_killed_again_and_again_asks_for_what_is_missing_alone
 def stored(ledger) -> list[str]:
     with ledger.read() as session:
         return list(session.scalars(sa.select(JudgementRow.judgement_id)))
+
+
+def test_a_judge_that_answers_nothing_at_all_is_named_and_one_odd_reply_is_counted(ledger):
+    with scripted_judge(longer) as judge:
+        judge.statuses[:] = [400] * 99
+        with pytest.raises(ServiceError, match=r"answered none of 8 tasks; the last error: status 400.*scripted"):
+            endpoint(judge).judge(ledger, tasks(8))
+        judge.statuses[:] = [403]
+        found = endpoint(judge, concurrency=1).judge(ledger, tasks(8))
+        assert (list(found.failures.values()), len(found.replies)) == (["status 403"], 7)

@@ -73,7 +73,7 @@ def stage(home, ledger, tmp_path):
         "serving": {"dtype": "float32"},
         "evaluate": {
             "prompts": rows(tmp_path / "prompts.jsonl", prompts),
-            "null_model_prompts": 5,
+            "null_model_prompts": 7,
             "arena_hard": {
                 "questions": rows(tmp_path / "arena.jsonl", arena),
                 "baseline": rows(tmp_path / "base.jsonl", answers),
