@@ -151,7 +151,11 @@ def make_report(ledger: Ledger, recipe_name: str, *, last_attempt_s: float) -> d
         "reward_accuracy": stages["train"]["reward_accuracy"],
         **{key: figures[key] for key in ("win_rate", "ci_low", "ci_high", "n_prompts", "length_ratio", "golden")},
         "verdict": evaluation.verdict,
-        "reasons": evaluation.report["reasons"],
+        "reasons": [
+            rule["reason"]
+            for rule in evaluation.report["rules"]
+            if not rule["passed"] and rule.get("decides") != "warn"
+        ],
         "champion_before": before,
         "champion_after": stages["train"]["model"] if shipped else before,
         "requests_during_switch": shipped.get("requests_during_switch", 0),
