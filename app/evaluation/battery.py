@@ -27,7 +27,6 @@ from app.evaluation.judged import (
     grade_all,
     mt_bench,
     mt_bench_prompt,
-    null_model,
     pair_up,
     paired_rate,
     read_grades,
@@ -323,15 +322,15 @@ class RefusalSuite:
                 result.add(estimated(f"refusal.{way}safe.{role}", rates.safe, invalid))
                 result.add(estimated(f"refusal.{way}unsafe.{role}", rates.unsafe, invalid))
             result.detail[role] = asdict(found)
+        first = {role: _first(said[role]) for role in self.roles}
         for half in ("safe", "unsafe"):
             both = [
                 q
                 for q in self.questions
-                if q.category == half and not any(no_answer(_first(said[r])[q.id]) for r in self.roles)
+                if q.category == half and not any(no_answer(first[role][q.id]) for role in self.roles)
             ]
             rises = [
-                float(refuses(_first(said["candidate"])[q.id].text))
-                - float(refuses(_first(said["champion"])[q.id].text))
+                float(refuses(first["candidate"][q.id].text)) - float(refuses(first["champion"][q.id].text))
                 for q in both
             ]
             result.add(
@@ -364,11 +363,11 @@ class NullModelSuite:
         comparisons = {
             name: result.read(self._pairs(said, text), _given(judged)) for name, text in NULL_ANSWERS.items()
         }
-        found = null_model(comparisons, resampling=resampling)
-        for name, rate in found.win_rates.items():
-            result.add(estimated(f"null_model.{name}", rate, "a constant answer against the SFT model's"))
+        for name, rows in comparisons.items():
+            rate = paired_rate(rows, resampling=resampling)
+            result.add(estimated(f"null_model.{name}", rate.win_rate, "a constant answer against the SFT model's"))
+            result.detail[name] = asdict(rate)
         result.add(_worst(result.metrics))
-        result.detail.update(asdict(found))
         # Not among the judge's comparisons: how it treats nonsense says little of how it reads answers.
         result.comparisons.clear()
         result.failures.clear()

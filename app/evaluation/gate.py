@@ -142,7 +142,7 @@ def _needed(rule: RuleSection, metric: Metric) -> str:
 
 def _power(metric: Metric | None, section: GateSection) -> str:
     estimate = None if metric is None else metric.estimate
-    if estimate is None:
+    if estimate is None or estimate.low == estimate.high:
         return ""
     rule = section.rules.get("win_rate_sft")
     threshold = 0.5 if rule is None else rule.threshold

@@ -8,7 +8,7 @@ clusters takes its place. Where all values are equal inside (0, 1), all ties for
 `method` says so. This module knows numbers and cluster names only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,6 +167,23 @@ def expanded_tail(level: float, count: int) -> float:
     if count < 2:
         return (1 - level) / 2
     return float(norm.cdf(np.sqrt(count / (count - 1)) * t.ppf((1 - level) / 2, count - 1)))
+
+
+def unit_draws(units: int, *, width: int, resampling: Resampling) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each unit is drawn, [B, U], a few resamples at a time.
+
+    Args:
+        units: U, what is drawn with replacement.
+        width: numbers that the caller needs for one resample; it bounds B.
+        resampling: resamples and seed.
+    """
+    generator = np.random.default_rng(resampling.seed)
+    rows = max(1, _CELLS // width)
+    for start in range(0, resampling.samples, rows):
+        count = min(rows, resampling.samples - start)
+        yield np.stack(
+            [np.bincount(generator.integers(0, units, units), minlength=units) for _ in range(count)]
+        ).astype(np.float64)
 
 
 def _percentiles(sums: NDArray[np.float64], sizes: NDArray[np.float64], resampling: Resampling) -> tuple[float, float]:

@@ -265,21 +265,6 @@ def _preference(both: Games) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class NullModel:
-    """How a constant answer fares against real ones, and whether the judge fell for it."""
-
-    win_rates: dict[str, Estimate]
-    fooled: bool
-    """Whether for one of them it cannot be excluded that it is as good as real answers."""
-
-
-def null_model(comparisons: Mapping[str, Sequence[Comparison]], *, resampling: Resampling) -> NullModel:
-    """Say how the constants of `NULL_ANSWERS` fare, by their names."""
-    rates = {name: paired_rate(rows, resampling=resampling).win_rate for name, rows in comparisons.items()}
-    return NullModel(rates, any(rate.high >= 0.5 for rate in rates.values()))
-
-
-@dataclass(frozen=True, slots=True)
 class Grade:
     """The grading of one model's answer to one turn of a question."""
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from app.errors import DataError
-from app.evaluation.intervals import Estimate, Resampling, expanded_tail, mean_rate
+from app.evaluation.intervals import Estimate, Resampling, expanded_tail, mean_rate, unit_draws
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +30,6 @@ ALIKE: Final = 0.2
 """Lengths that differ by less than this share of the longer one are about equal."""
 FEWEST_ALIKE: Final = 0.2
 _NEWTON_STEPS = 50
-_CELLS = 4_000_000
 _RIDGE = 1e-6
 
 
@@ -158,13 +157,9 @@ def _interval(
     units = int(owner.max()) + 1
     if units == 1:
         return 0.0, 1.0
-    generator = np.random.default_rng(resampling.seed)
-    rows = max(1, _CELLS // len(target))
     rates = []
-    for start in range(0, resampling.samples, rows):
-        count = min(rows, resampling.samples - start)
-        draws = np.stack([np.bincount(generator.integers(0, units, units), minlength=units) for _ in range(count)])
-        weights = draws[:, owner].astype(np.float64)
+    for draws in unit_draws(units, width=len(target), resampling=resampling):
+        weights = draws[:, owner]
         rates.append(_at_equal_length(design, fit(design, target, weights, prior), weights))
     tail = expanded_tail(resampling.level, units)
     low, high = np.quantile(np.concatenate(rates), [tail, 1 - tail])

@@ -12,7 +12,7 @@ with raters named with a third. This module knows no files and no judges.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,14 +24,13 @@ from scipy.special import expit
 
 from app.errors import DataError
 from app.evaluation.battles import Battles
-from app.evaluation.intervals import Resampling, expanded_tail
+from app.evaluation.intervals import Resampling, expanded_tail, unit_draws
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 STYLE_FEATURES: Final = ("length", "headers", "lists", "bold")
 _ELO = 400 / math.log(10)
-_CELLS = 4_000_000
 _NEWTON_STEPS = 100
 _LONGEST_STEP = 2.0
 _LARGEST = 12.0
@@ -304,23 +303,12 @@ def _bounds(fit: _Fit, names: Sequence[str] | None, resampling: Resampling) -> t
     owner = np.arange(rows) if names is None else np.unique(np.asarray(names), return_inverse=True)[1]
     units = int(owner.max()) + 1
     width = max(rows, len(fit.battles.models) ** 2)
-    found = np.concatenate([fit(draws[:, owner]) for draws in _draws(units, width, resampling)])
+    found = np.concatenate([fit(draws[:, owner]) for draws in unit_draws(units, width=width, resampling=resampling)])
     tail = expanded_tail(resampling.level, units)
     known = np.isfinite(found).any(axis=0)
     ends = np.full((2, found.shape[1]), np.nan)
     ends[:, known] = np.nanquantile(found[:, known], [tail, 1 - tail], axis=0)
     return ends[0], ends[1]
-
-
-def _draws(units: int, width: int, resampling: Resampling) -> Iterator[Floats]:
-    """Yield how often each unit is drawn, [B, U], a few resamples at a time."""
-    generator = np.random.default_rng(resampling.seed)
-    rows = max(1, _CELLS // width)
-    for start in range(0, resampling.samples, rows):
-        count = min(rows, resampling.samples - start)
-        yield np.stack(
-            [np.bincount(generator.integers(0, units, units), minlength=units) for _ in range(count)]
-        ).astype(np.float64)
 
 
 def _figure(

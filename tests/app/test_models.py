@@ -176,7 +176,7 @@ def heap_growth(**environment) -> float:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc how large the heap is")
 def test_products_of_ever_new_shapes_do_not_grow_the_heap():
-    assert heap_growth() < 5
     usual = heap_growth(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")
-    # Where the CPU has no kernels to compile there is nothing to bound.
-    assert usual > 20 or not torch.backends.mkldnn.is_available() or usual < 5
+    if usual < 5:
+        pytest.skip("this CPU compiles no kernels by shape, so there is nothing to bound")
+    assert heap_growth() < usual / 10
