@@ -66,6 +66,9 @@ def import_(
     files: Annotated[list[Path], typer.Argument(help="Parquet, JSONL or JSON files, also gzipped.")],
     to: Annotated[str, typer.Option("--to", help="Name of the pair snapshot.")],
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose `pairs` section rules the import.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="The model that labelled the pairs; it may not judge what learned from them.")
+    ] = None,
 ) -> None:
     """Bring preference or instruction data in as a pair snapshot."""
     from app.config import PairSection, load_recipe
@@ -75,7 +78,8 @@ def import_(
     home = _home()
     section = load_recipe(recipe).pairs if recipe else PairSection()
     try:
-        snapshot, report = import_files(home, Ledger.open(home.ledger_url), files, name=to, section=section)
+        ledger = Ledger.open(home.ledger_url)
+        snapshot, report = import_files(home, ledger, files, name=to, section=section, judge=judge)
     except KeyboardInterrupt:
         # typer would leave without a word.
         msg = "interrupted; nothing was imported, the same command begins anew"

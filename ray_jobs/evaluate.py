@@ -2,79 +2,62 @@
 
     python -m ray_jobs.evaluate RECIPE.yaml [--set a.b=c] [--model ID]
 
-The models answer in Ray actors (`ray_jobs.answers`); then a judge behind an endpoint, where the recipe names one, is
-asked what the suites want to know; measuring and deciding is `app.evaluation`. The verdict is stored in the ledger,
-bound to the digest of the weights, and as JSON and Markdown under `evaluations/ID`. The same inputs again return the
-stored verdict, unless the judge owes an answer: then it is asked for that alone. Exit code 3: the gate holds.
+The models answer (`ray_jobs.answers`), a judge compares (`ray_jobs.judging`); measuring and deciding is `app.evaluation`.
+The verdict is stored in the ledger, signed and bound to the digest of the weights, and as JSON, Markdown and HTML under
+`evaluations/ID`. The same inputs again return the stored verdict, unless its signature is wrong or the judge owes an
+answer: then that alone is asked for. Exit code 3: the gate holds.
 """
 
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-import fsspec
 import sqlalchemy as sa
 from rich.console import Console
 
 from app.config import EvaluateSection, Recipe
-from app.errors import HOLD_EXIT_CODE, DataError
+from app.errors import HOLD_EXIT_CODE, DataError, ServiceError
 from app.evaluation import suites
-from app.evaluation.battery import (
-    NullModelSuite,
-    Role,
-    Said,
-    Suite,
-    SuiteResult,
-    WinRateSuite,
-    build_battery,
-    health_of,
-    without_verdicts,
-)
+from app.evaluation.battery import Role
 from app.evaluation.gate import decide
+from app.evaluation.independence import independence
 from app.evaluation.intervals import Resampling
-from app.evaluation.judge_prompts import prompts_digest
-from app.evaluation.judged import NULL_ANSWERS
-from app.evaluation.judges import EndpointJudge
+from app.evaluation.judged import Judgement
+from app.evaluation.judges import passes
 from app.evaluation.learning import judge_learning, reward_accuracy
+from app.evaluation.material import GOLDEN, PROMPTS, Material, file_digests, read_material, require_apart
 from app.evaluation.measurements import Measurements, Sides
 from app.evaluation.metrics import Metric
-from app.evaluation.prompts import Prompt, load_prompts
+from app.evaluation.page import render_page
 from app.evaluation.questions import Question
-from app.evaluation.report import EvaluationReport
-from app.evaluation.rules import Style, load_style
-from app.evaluation.suites import Answer, GoldenCase, RuleJudge, WinRate
+from app.evaluation.report import EvaluationReport, Look
+from app.evaluation.signature import sign_report, signature_fault
+from app.evaluation.suites import Answer
 from app.ledger import EvaluationRow, Ledger, ModelRow, RunRow, now
 from app.models import ensure_sft
-from app.schemas import content_hash
-from app.storage import Home, write_atomically
+from app.schemas import JUDGEMENT_SCHEMA, Split, content_hash
+from app.storage import JUDGEMENTS, REPORT_PAGE, Home, write_atomically
 from app.training.held_out import PairMeasure
-from ray_jobs.answers import Decoding, Given, Resources, Wanted, gather
+from app.training.judgements import distinct
+from app.training.snapshots import read_groups
+from ray_jobs.answers import Decoding, Resources, Wanted, gather
+from ray_jobs.judging import Answered, Judging, RewardJudge, judge, reward_scores, style_scores
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, require_room, run_job
+from ray_jobs.session import Session, ray_cluster, require_room, room, run_job
 from ray_jobs.worker import held_out_measures
 
 _SEED = 0
-_PROMPTS = "prompts"
-_GOLDEN = "golden"
-
-
-_Named = tuple[Given, tuple[str, ...]]
-"""What a model gave, and the names of its sets of questions in the same order."""
+_ROWS_PER_FILE = 4096
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the recipe names to measure on, read before any model is loaded."""
+class HeldOut:
+    """The held-out pairs of the run, and by pair where its label came from."""
 
-    prompts: tuple[Question, ...]
-    style: Style | None
-    judge: EndpointJudge | None
-    suites: tuple[Suite, ...]
-    golden: tuple[GoldenCase, ...]
-    neutral_text: str | None
+    pairs: tuple[PairMeasure, ...]
+    sources: Mapping[str, str]
 
 
 def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: str | None) -> EvaluationRow:
@@ -88,74 +71,80 @@ def evaluate(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: 
         run_id: the run that trained it, for the held-out reward accuracy; None where there is none.
 
     Raises:
-        DataError: prompts, rules, golden cases, neutral text or the model cannot be read.
-        RecipeError: the recipe has no section `evaluate`.
-        ServiceError: the cluster has no room for a model.
+        DataError: prompts, rules, golden cases, neutral text or a model cannot be read, or there is no key to sign with.
+        RecipeError: the recipe has no section `evaluate`, or the environment lacks the key of an endpoint.
+        ServiceError: the cluster has no room for a model, or an endpoint refuses or is not there.
     """
     section = recipe.evaluation()
     material = read_material(section)
+    key = home.signing_key()
     candidate = _model(ledger, model_id)
     sft = ensure_sft(home, ledger, recipe.model.sft)
     deployment = recipe.serving.deployment
     shipped = ledger.champion(deployment)
     champion = sft if shipped is None else _model(ledger, shipped.model_id)
+    roles: dict[Role, ModelRow] = {"candidate": candidate, "champion": champion, "sft": sft}
     resampling = Resampling(section.gate.level, section.bootstrap_samples, _SEED)
-    held_out = _held_out(home, run_id)
+    held_out = _held_out(home, ledger, run_id)
+    reward = _reward_judge(ledger, section)
+    independent = _independent(home, ledger, material, candidate, reward)
     decoding = Decoding(section.max_new_tokens, section.batch_size, recipe.serving.dtype)
-    identity = _identity(deployment, candidate, champion, sft, material, section, decoding, held_out)
+    content = [
+        deployment,
+        # The ids too: equal weights may have two names, and each wants a verdict of its own.
+        [[row.model_id, row.digest] for row in roles.values()],
+        material.content,
+        [] if reward is None else [reward.model.digest, reward.reference.digest],
+        repr(independent),
+        section.gate.model_dump(mode="json"),
+        section.bootstrap_samples,
+        repr(decoding),
+        None if section.endpoint is None else section.endpoint.url,
+        repr(held_out.pairs),
+    ]
+    identity = f"evaluation-{content_hash(content)[:16]}"
     with ledger.read() as session:
         known = session.get(EvaluationRow, identity)
-    if known is not None and not _owed(known):
+    if known is not None and not _owed(known) and not signature_fault(known, key):
         return _asked_again(ledger, identity)
-    roles: dict[Role, ModelRow] = {"candidate": candidate, "champion": champion, "sft": sft}
-    given = _answers(home, recipe, material, decoding, roles)
-    results, unanswered = _judge(ledger, material, roles, given, resampling)
-    measurements = _measure(material, roles, given, results, resampling, held_out)
+    looks = _look(ledger, identity, candidate, material)
+    answered = _answers(home, recipe, material, decoding, roles)
+    score = style_scores(material)
+    if reward is not None:
+        score = reward_scores(
+            home, reward, material, answered, decoding=decoding, resources=lambda: _resources(recipe, models=2)
+        )
+    judged = judge(ledger, material, answered, resampling, score)
+    measurements = _measure(material, answered, judged, resampling, held_out)
     report = EvaluationReport(
         evaluation_id=identity,
         model_id=candidate.model_id,
         champion_id=champion.model_id,
         sft_id=sft.model_id,
-        judge=_judge_name(recipe, material),
+        judge=_judge_name(recipe, material, reward),
+        answered_by="models that the job loaded"
+        if section.endpoint is None
+        else f"the endpoint {section.endpoint.url}",
         prompts=section.prompts,
         level=section.gate.level,
         measurements=measurements,
-        suites=results,
-        unanswered=unanswered,
-        verdict=decide(_metrics(measurements, results), section.gate),
+        suites=judged.results,
+        unanswered=judged.unanswered,
+        looks=looks,
+        verdict=decide([*_metrics(measurements, judged), *independent], section.gate),
     )
-    artifacts = {name: g.artifacts for name, (g, _) in given.items()}
-    return _store(home, ledger, report, deployment, candidate, run_id, artifacts)
+    artifacts = {model: given.artifacts for model, given in answered.given.items()}
+    return _store(home, ledger, report, judged.judgements, deployment, candidate, run_id, artifacts, key)
 
 
-def read_material(section: EvaluateSection) -> Material:
-    """Read everything that an evaluation needs beside models.
-
-    Raises:
-        DataError: something cannot be read.
-        RecipeError: the judge's key is not in the environment.
-    """
-    neutral = None
-    if section.neutral_text is not None:
-        try:
-            with fsspec.open(section.neutral_text, "rb") as stream:
-                neutral = stream.read().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            msg = f"neutral text `{section.neutral_text}` cannot be read: {error}"
-            raise DataError(msg) from None
-    prompts = tuple(_question(p) for p in load_prompts(section.prompts).prompts[: section.max_prompts])
-    return Material(
-        prompts=prompts,
-        style=None if section.judge_rules is None else load_style(section.judge_rules),
-        judge=None if section.judge is None else EndpointJudge(section.judge),
-        suites=tuple(build_battery(section, prompts)),
-        golden=() if section.golden is None else tuple(suites.load_golden(section.golden)),
-        neutral_text=neutral,
+def _look(ledger: Ledger, evaluation_id: str, candidate: ModelRow, material: Material) -> tuple[Look, ...]:
+    """Note which files of prompts this evaluation uses, and how often each was used so far, this time included."""
+    digests = file_digests(material)
+    places = {digest: material.places[names[0]] for digest, names in digests.items()}
+    times = ledger.record_looks(evaluation_id, candidate.model_id, places)
+    return tuple(
+        Look(name, material.places[name], times[digest]) for digest, names in digests.items() for name in names
     )
-
-
-def _question(prompt: Prompt) -> Question:
-    return Question(prompt.id, prompt.cluster, "", (prompt.text,))
 
 
 def _model(ledger: Ledger, model_id: str) -> ModelRow:
@@ -168,40 +157,32 @@ def _model(ledger: Ledger, model_id: str) -> ModelRow:
         return row
 
 
-def _held_out(home: Home, run_id: str | None) -> tuple[PairMeasure, ...]:
+def _held_out(home: Home, ledger: Ledger, run_id: str | None) -> HeldOut:
     measures = held_out_measures(home, run_id) if run_id is not None else None
-    return tuple(measures.pairs) if measures else ()
+    if measures is None:
+        return HeldOut((), {})
+    with ledger.read() as session:
+        run = session.get(RunRow, run_id)
+    snapshot = None if run is None or run.snapshot_id is None else home.artifact("training", run.snapshot_id)
+    # Old snapshots may have been removed.
+    groups = read_groups(snapshot, Split.HELD_OUT) if snapshot is not None and snapshot.exists() else []
+    return HeldOut(tuple(measures.pairs), distinct(groups))
 
 
-def _identity(
-    deployment: str,
-    candidate: ModelRow,
-    champion: ModelRow,
-    sft: ModelRow,
-    material: Material,
-    section: EvaluateSection,
-    decoding: Decoding,
-    held_out: Sequence[PairMeasure],
-) -> str:
-    content = [
-        deployment,
-        [candidate.digest, champion.digest, sft.digest],
-        [[q.id, q.cluster, *q.turns] for q in material.prompts],
-        None if material.style is None else [[r.name, r.pattern.pattern, r.weight] for r in material.style.rules],
-        None if material.judge is None else material.judge.settings,
-        [repr(suite) for suite in material.suites],
-        [
-            [g.id, g.prompt, [p.pattern for p in g.must], [p.pattern for p in g.must_not], g.exact, g.must_pass]
-            for g in material.golden
-        ],
-        None if material.judge is None else [prompts_digest(), NULL_ANSWERS],
-        material.neutral_text,
-        section.gate.model_dump(mode="json"),
-        section.bootstrap_samples,
-        repr(decoding),
-        repr(held_out),
-    ]
-    return f"evaluation-{content_hash(content)[:16]}"
+def _reward_judge(ledger: Ledger, section: EvaluateSection) -> RewardJudge | None:
+    named = section.reward_judge
+    return None if named is None else RewardJudge(_model(ledger, named.model), _model(ledger, named.reference))
+
+
+def _independent(
+    home: Home, ledger: Ledger, material: Material, candidate: ModelRow, reward: RewardJudge | None
+) -> tuple[Metric, ...]:
+    """Say whether the judge is a stranger to what the candidate learned from; nothing of rules, which learned nothing."""
+    if material.judge is not None:
+        return (independence(home, ledger, material.judge.section.model, candidate.model_id),)
+    if reward is not None:
+        return (independence(home, ledger, reward.model.model_id, candidate.model_id),)
+    return ()
 
 
 def _owed(row: EvaluationRow) -> bool:
@@ -211,143 +192,89 @@ def _owed(row: EvaluationRow) -> bool:
 
 def _answers(
     home: Home, recipe: Recipe, material: Material, decoding: Decoding, roles: dict[Role, ModelRow]
-) -> dict[str, _Named]:
-    """Return by model id what it gave, and the names of the sets of questions in the same order."""
+) -> Answered:
     golden = tuple(Question(case.id, case.id, "", (case.prompt,)) for case in material.golden)
     models = {row.model_id: row for row in roles.values()}
-    wanted, names = [], []
+    wanted, names = [], {}
     for model_id, row in models.items():
         held = {role for role, of_role in roles.items() if of_role.model_id == model_id}
-        sets = {_PROMPTS: material.prompts}
+        sets = {PROMPTS: material.prompts}
         if golden and "candidate" in held:
-            sets[_GOLDEN] = golden
+            sets[GOLDEN] = golden
         for suite in material.suites:
-            if held & set(suite.roles) and not _asks_prompts(suite, material):
-                sets[suite.name] = suite.questions
-        names.append(tuple(sets))
-        wanted.append(
-            Wanted(
-                model=row,
-                sets=tuple(sets.values()),
-                neutral_text=material.neutral_text if held & {"candidate", "champion"} else None,
-            )
-        )
-    workers = recipe.workers
-    resources = Resources(
-        cpus=workers.cpus_per_worker,
-        gpus=1 if workers.use_gpu else 0,
-        threads=workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
-    )
+            if held & set(suite.roles):
+                sets.setdefault(material.set_of(suite), suite.questions)
+        names[model_id] = tuple(sets)
+        neutral = material.neutral_text if held & {"candidate", "champion"} else None
+        wanted.append(Wanted(model=row, sets=tuple(sets.values()), neutral_text=neutral))
     with Meter(Console()) as meter:
         given = gather(
             home,
             wanted,
             decoding=decoding,
-            resources=resources,
-            # One model after another answers where there is no more room.
-            before_start=lambda: require_room(workers, 1),
+            endpoint=recipe.evaluation().endpoint,
+            resources=lambda: _resources(recipe, models=len(wanted)),
             on_progress=lambda model_id, done, total: meter.show(f"evaluate: answers of {model_id}", done, total),
         )
-    return {model_id: (g, n) for model_id, g, n in zip(models, given, names, strict=True)}
+    return Answered(roles, dict(zip(models, given, strict=True)), names)
 
 
-def _asks_prompts(suite: Suite, material: Material) -> bool:
-    """Say whether a suite asks the recipe's own prompts, which every model answers anyway."""
-    return {q.id for q in suite.questions} <= {q.id for q in material.prompts} and suite.name in (
-        WinRateSuite.name,
-        NullModelSuite.name,
+def _resources(recipe: Recipe, *, models: int) -> Resources:
+    workers = recipe.workers
+    require_room(workers, 1)
+    return Resources(
+        cpus=workers.cpus_per_worker,
+        gpus=1 if workers.use_gpu else 0,
+        threads=workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+        # Each holds a whole model: as many as train side by side, or one for each model, where they find room.
+        actors=min(room(workers), max(workers.workers, models)),
     )
 
 
-def _said(given: dict[str, _Named], row: ModelRow, name: str) -> Said:
-    of_model, names = given[row.model_id]
-    turns: dict[str, list[Answer]] = {}
-    for answer in of_model.answers[names.index(name)]:
-        turns.setdefault(answer.prompt_id, []).append(answer)
-    return Said(row.model_id, {question: tuple(answers) for question, answers in turns.items()})
-
-
-def _judge(
-    ledger: Ledger,
-    material: Material,
-    roles: dict[Role, ModelRow],
-    given: dict[str, _Named],
-    resampling: Resampling,
-) -> tuple[dict[str, SuiteResult], dict[str, int]]:
-    """Ask the judge what all suites want to know, at once, and let them measure; count by reason what it did not answer."""
-    said = {
-        suite.name: {
-            role: _said(given, roles[role], _PROMPTS if _asks_prompts(suite, material) else suite.name)
-            for role in suite.roles
-        }
-        for suite in material.suites
-    }
-    judged = None
-    if material.judge is not None:
-        tasks = [task for suite in material.suites for task in suite.tasks(said[suite.name])]
-        with Meter(Console()) as meter:
-            judged = material.judge.judge(
-                ledger, tasks, on_progress=lambda done, total: meter.show("evaluate: judgements", done, total)
-            )
-    results = {suite.name: suite.measure(said[suite.name], judged, resampling) for suite in material.suites}
-    health = health_of(results, resampling)
-    if health is not None and not health.usable:
-        results = {name: without_verdicts(result, health) for name, result in results.items()}
-    return results, dict(Counter(() if judged is None else judged.failures.values()))
-
-
 def _measure(
-    material: Material,
-    roles: dict[Role, ModelRow],
-    given: dict[str, _Named],
-    results: dict[str, SuiteResult],
-    resampling: Resampling,
-    held_out: Sequence[PairMeasure],
+    material: Material, answered: Answered, judged: Judging, resampling: Resampling, held_out: HeldOut
 ) -> Measurements:
     texts = {question.id: question.turns[0] for question in material.prompts}
-    candidate, champion = given[roles["candidate"].model_id][0], given[roles["champion"].model_id][0]
-    mine, theirs, base = (given[roles[role].model_id][0].answers[0] for role in ("candidate", "champion", "sft"))
+    mine, theirs, base = (answered.answers(role, PROMPTS) for role in ("candidate", "champion", "sft"))
+    perplexity, of_champion = answered.of("candidate").perplexity, answered.of("champion").perplexity
+    golden = answered.answers("candidate", GOLDEN)
 
     def both(number: Callable[[tuple[Answer, ...]], float]) -> Sides:
         return Sides(number(mine), number(theirs))
 
-    def win_rate(role: Role, baseline: tuple[Answer, ...]) -> WinRate:
-        if material.style is not None:
-            return suites.win_rate(mine, baseline, RuleJudge(material.style), resampling=resampling)
-        return suites.judged_win_rate(mine, baseline, results[WinRateSuite.name].outcomes[role], resampling=resampling)
-
-    golden_answers = candidate.answers[1] if material.golden else ()
     return Measurements(
-        over_champion=win_rate("champion", theirs),
-        over_sft=win_rate("sft", base),
+        over_champion=suites.win_rate(mine, theirs, judged.outcomes["champion"], resampling=resampling),
+        over_sft=suites.win_rate(mine, base, judged.outcomes["sft"], resampling=resampling),
         length_ratio=suites.length_ratio(mine, theirs, resampling=resampling),
         finished=both(lambda answers: suites.share_finished(answers, resampling=resampling).value),
         looping=both(lambda answers: suites.share_looping(answers, resampling=resampling).value),
         distinct=both(suites.share_distinct),
         relevance=both(lambda answers: suites.relevance(answers, texts, seed=_SEED)),
-        golden=tuple(suites.check_golden(material.golden, golden_answers)) if material.golden else None,
-        perplexity=None
-        if candidate.perplexity is None or champion.perplexity is None
-        else Sides(candidate.perplexity, champion.perplexity),
-        reward_accuracy=reward_accuracy(held_out, resampling=resampling) if held_out else None,
-        judge=health_of(results, resampling),
-        learning=judge_learning(held_out, level=resampling.level, seed=_SEED) if held_out else None,
+        golden=tuple(suites.check_golden(material.golden, golden, judged.met)) if material.golden else None,
+        perplexity=None if perplexity is None or of_champion is None else Sides(perplexity, of_champion),
+        reward_accuracy=reward_accuracy(held_out.pairs, resampling=resampling) if held_out.pairs else None,
+        judge=judged.health,
+        learning=judge_learning(held_out.pairs, level=resampling.level, seed=_SEED, sources=held_out.sources)
+        if held_out.pairs
+        else None,
         n_prompts=len(mine),
     )
 
 
-def _metrics(measurements: Measurements, results: dict[str, SuiteResult]) -> list[Metric]:
+def _metrics(measurements: Measurements, judged: Judging) -> list[Metric]:
     """Return everything by name; the win rates of the judge are among the measurements already."""
     measured = measurements.metrics()
     known = {metric.name for metric in measured}
-    of_suites = [metric for result in results.values() for metric in result.metrics if metric.name not in known]
+    of_suites = [metric for result in judged.results.values() for metric in result.metrics if metric.name not in known]
     return [*measured, *of_suites]
 
 
-def _judge_name(recipe: Recipe, material: Material) -> str:
-    if material.style is None:
-        assert material.judge is not None  # noqa: S101  the recipe has one of both
+def _judge_name(recipe: Recipe, material: Material, reward: RewardJudge | None) -> str:
+    if material.judge is not None:
         return material.judge.name
+    if reward is not None:
+        return reward.name
+    assert material.style is not None  # noqa: S101  the recipe has one of the three
     name = f"the rules of style `{material.style.name}`"
     if (
         recipe.collect is not None
@@ -363,20 +290,32 @@ def _store(
     home: Home,
     ledger: Ledger,
     report: EvaluationReport,
+    judgements: Sequence[Judgement],
     deployment: str,
     candidate: ModelRow,
     run_id: str | None,
     answers: dict[str, tuple[str, ...]],
+    key: bytes,
 ) -> EvaluationRow:
-    content = {
-        **report.as_json(),
-        "deployment": deployment,
-        "answers": {name: list(artifacts) for name, artifacts in answers.items()},
-    }
+    content = sign_report(
+        {
+            **report.as_json(),
+            "model_digest": candidate.digest,
+            "deployment": deployment,
+            "answers": {name: list(artifacts) for name, artifacts in answers.items()},
+        },
+        key,
+    )
     artifact = home.artifact("evaluations", report.evaluation_id)
-    files = {"report.json": json.dumps(content, indent=1, ensure_ascii=False), "report.md": report.as_markdown()}
+    files = {
+        "report.json": json.dumps(content, indent=1, ensure_ascii=False),
+        "report.md": report.as_markdown(),
+        REPORT_PAGE: render_page(content, judgements),
+    }
+    artifact.write_rows(map(asdict, judgements), JUDGEMENT_SCHEMA, rows_per_file=_ROWS_PER_FILE, stem=JUDGEMENTS)
     for name, text in files.items():
-        write_atomically(artifact.filesystem, f"{artifact.path}/{name}", text.encode())
+        # Models may say what is no Unicode text.
+        write_atomically(artifact.filesystem, f"{artifact.path}/{name}", text.encode("utf-8", "backslashreplace"))
     artifact.write_manifest({"kind": "evaluation", "model": candidate.model_id, "digest": candidate.digest})
     row = EvaluationRow(
         evaluation_id=report.evaluation_id,
@@ -391,10 +330,34 @@ def _store(
         created_at=now(),
     )
     with ledger.write() as session:
-        # It is there already where the judge owed answers the last time.
+        # It is there already where the judge owed answers the last time, or somebody changed it.
         session.merge(row)
     Console().print(report.as_card())
     return row
+
+
+def evaluate_sealed(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: str | None) -> EvaluationRow:
+    """Measure a candidate on the sealed prompts, which nobody chose it by: the last word before it ships.
+
+    Everything else is the recipe's and was answered before. Raises as `evaluate` does.
+    """
+    section = recipe.evaluation()
+    assert section.sealed is not None  # noqa: S101
+    require_apart(section.prompts, section.sealed)
+    opened = section.model_copy(update={"prompts": section.sealed, "sealed": None, "max_prompts": None})
+    return evaluate(home, ledger, recipe.model_copy(update={"evaluate": opened}), model_id, run_id)
+
+
+def require_answered(row: EvaluationRow) -> None:
+    """Refuse to take a HOLD for a verdict while answers of the judge are on their way; raises ServiceError.
+
+    What a judge refuses for good is no reason to wait.
+    """
+    owed = {reason: n for reason, n in row.report["unanswered"].items() if passes(reason)}
+    if row.verdict != "SHIP" and owed:
+        words = ", ".join(f"{n} {reason}" for reason, n in owed.items())
+        msg = f"the gate says {row.verdict}, but the judge owes {sum(owed.values())} answers ({words})\n\nHint: the same command asks for these alone and goes on from there."
+        raise ServiceError(msg)
 
 
 def _asked_again(ledger: Ledger, evaluation_id: str) -> EvaluationRow:
@@ -441,7 +404,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     with ray_cluster(home):
         row = evaluate(home, ledger, recipe, candidate_id, run_id)
     Console().print(
-        f"[bold]{row.verdict}[/bold] {row.model_id}: {home.uri}/evaluations/{row.evaluation_id}/report.md",
+        f"[bold]{row.verdict}[/bold] {row.model_id}: {home.uri}/evaluations/{row.evaluation_id}/{REPORT_PAGE}",
         highlight=False,
     )
     return 0 if row.verdict == "SHIP" else HOLD_EXIT_CODE

@@ -30,6 +30,7 @@ from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
 from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, RecipeError, ServiceError, TrainingError, WorkersLost
 from app.evaluation.learning import Learning
+from app.evaluation.material import read_material
 from app.evaluation.prompts import load_prompts
 from app.evaluation.rules import load_style
 from app.ledger import EvaluationRow, Ledger, RunRow, now
@@ -39,11 +40,11 @@ from app.schemas import content_hash
 from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
-from ray_jobs.evaluate import evaluate, read_material
+from ray_jobs.evaluate import evaluate, require_answered
 from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
-from ray_jobs.ship import ship
+from ray_jobs.ship import on_sealed, ship
 from ray_jobs.trackers import require_trackers
 from ray_jobs.train import print_learning, require_pairs, require_train_room, train, usable_rows
 
@@ -209,7 +210,11 @@ def _stages(session: Session, run: LoopRun, console: Console) -> str:
         trained = run.stage("train", lambda: _trained(home, ledger, recipe, prepared["snapshot"], run, console))
         _say(console, "train", f"{trained['steps']} steps, model {trained['model']}")
         judged = run.stage("evaluate", lambda: _judged(home, ledger, recipe, trained))
-    _say(console, "evaluate", judged["verdict"])
+        _say(console, "evaluate", judged["verdict"])
+        if judged["verdict"] == "SHIP" and recipe.evaluation().sealed is not None:
+            # Before the switch, which goes on under load and must not last as long as an evaluation.
+            judged = run.stage("sealed", lambda: _judged_on_sealed(home, ledger, recipe, trained))
+            _say(console, "evaluate on sealed prompts", judged["verdict"])
     if judged["verdict"] == "SHIP":
         run.stage("ship", lambda: _shipped(session, run, trained["model"], console))
         run.end("succeeded", output_model_id=trained["model"])
@@ -274,6 +279,13 @@ def _trained(
 
 def _judged(home: Home, ledger: Ledger, recipe: Recipe, trained: dict[str, Any]) -> dict[str, Any]:
     row: EvaluationRow = evaluate(home, ledger, recipe, trained["model"], trained["run"])
+    # A verdict of the judge's absence would end the round.
+    require_answered(row)
+    return {"evaluation": row.evaluation_id, "verdict": row.verdict}
+
+
+def _judged_on_sealed(home: Home, ledger: Ledger, recipe: Recipe, trained: dict[str, Any]) -> dict[str, Any]:
+    row = on_sealed(home, ledger, recipe, trained["model"], trained["run"])
     return {"evaluation": row.evaluation_id, "verdict": row.verdict}
 
 
@@ -303,6 +315,7 @@ def _ship(session: Session, run: LoopRun, model_id: str) -> None:
     if not result.shipped:
         # The champion changed meanwhile, or another verdict came: the next attempt evaluates anew.
         run.forget("evaluate")
+        run.forget("sealed")
         raise ServiceError(f"{result.reason}\n\nHint: the same command evaluates again and goes on from there.")
 
 

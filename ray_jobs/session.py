@@ -159,6 +159,12 @@ def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) ->
     raise ServiceError(msg)
 
 
+def room(workers: WorkerSection) -> int:
+    """Return how many workers find room now."""
+    one = {"CPU": workers.cpus_per_worker, "GPU": 1.0 if workers.use_gpu else 0.0}
+    return _places(list(available_resources_per_node().values()), one)
+
+
 def _places(nodes: Sequence[dict[str, float]], one: dict[str, float]) -> int:
     """Count the workers that these nodes hold, each on one node."""
     asked = {kind: number for kind, number in one.items() if number}

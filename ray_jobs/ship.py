@@ -2,6 +2,7 @@
 
     python -m ray_jobs.ship RECIPE.yaml [--set a.b=c] [--model MODEL_ID | --rollback] [--actor NAME]
 
+Where the recipe names sealed prompts (`evaluate.sealed`), they are opened now and the gate must say SHIP on them too.
 The pointer moves by compare-and-set, then the running service is told through Serve's REST API and every replica is
 asked until it serves the model. Where one cannot, the old configuration and the old pointer are put back. Without a
 running service only the pointer moves. Exit code 3: no verdict allows it.
@@ -20,10 +21,11 @@ import sqlalchemy as sa
 
 from app.config import Recipe
 from app.errors import HOLD_EXIT_CODE, DataError, LedgerError, ServiceError
+from app.evaluation.signature import signature_fault
 from app.ledger import ChampionRow, EvaluationRow, Ledger, ModelRow
 from app.services import APPLICATION, REPLICA, ServeApi, Services, is_near
-from app.storage import Home
-from ray_jobs.session import Session, run_job
+from app.storage import UNDIGESTED, Home
+from ray_jobs.session import Session, ray_cluster, run_job
 
 _POLL_S = 0.5
 _TIMEOUT_S = 600.0
@@ -53,28 +55,37 @@ class ShipResult:
 def ship(
     home: Home, ledger: Ledger, recipe: Recipe, model_id: str | None, actor: str, *, timeout_s: float = _TIMEOUT_S
 ) -> ShipResult:
-    """Make a model the champion if its newest evaluation says SHIP.
+    """Make a model the champion if its newest evaluation says SHIP and is signed with the home's key.
 
     Args:
         home: where artifacts and the record of the service are.
         ledger: where verdicts and the champion are.
-        recipe: names the deployment.
+        recipe: names the deployment, and sealed prompts where there are any.
         model_id: the candidate; None takes the model of the deployment's newest evaluation.
         actor: who ships, for the audit log.
         timeout_s: how long the replicas may take.
 
     Raises:
-        DataError: the artifact differs from its manifest.
+        DataError: the artifact differs from its manifest, or there is no key to check signatures with.
         LedgerError: somebody else shipped at the same time.
         ServiceError: the service did not take the model; the old champion is back.
+
+    Answering sealed prompts raises as `evaluate` does.
     """
     deployment = recipe.serving.deployment
     before = ledger.champion(deployment)
-    evaluation = _newest_evaluation(ledger, deployment, model_id)
+    sealed = None if recipe.evaluate is None else recipe.evaluate.sealed
+    evaluation = _newest_evaluation(ledger, deployment, model_id, sealed=sealed)
     if evaluation is None:
         whose = f"model `{model_id}` has" if model_id else "there is"
         return _held(before, model_id, f"{whose} no evaluation for deployment `{deployment}`; run `evaluate` first")
     model = _model(ledger, evaluation.model_id)
+    if fault := signature_fault(evaluation, home.signing_key()):
+        return _held(
+            before,
+            model.model_id,
+            f"the newest evaluation of `{model.model_id}` ({evaluation.evaluation_id}) cannot be trusted: {fault}; run `evaluate` again, with the key that `ship` has",
+        )
     if evaluation.verdict != "SHIP":
         return _held(
             before,
@@ -93,6 +104,15 @@ def ship(
             model.model_id,
             f"the evaluation {evaluation.evaluation_id} compared `{model.model_id}` with `{evaluation.champion_id}`, but the champion is `{before.model_id}` now; run `evaluate` again",
         )
+    # A model that is the champion already would meet itself.
+    if sealed is not None and (before is None or before.model_id != model.model_id):
+        last = on_sealed(home, ledger, recipe, model.model_id, evaluation.run_id)
+        if last.verdict != "SHIP":
+            return _held(
+                before,
+                model.model_id,
+                f"on the sealed prompts the gate says {last.verdict} ({last.evaluation_id}): {'; '.join(last.report['reasons'])}",
+            )
     if before is None:
         # So that there is something to go back to.
         before = ledger.set_champion(
@@ -117,6 +137,23 @@ def roll_back(home: Home, ledger: Ledger, recipe: Recipe, actor: str, *, timeout
     return _move(home, ledger, before, model, deployment=deployment, actor=actor, reason=reason, timeout_s=timeout_s)
 
 
+def on_sealed(home: Home, ledger: Ledger, recipe: Recipe, model_id: str, run_id: str | None) -> EvaluationRow:
+    """Return the verdict on the recipe's sealed prompts; the same inputs again return the one that was reached.
+
+    Raises:
+        ServiceError: the gate holds while the judge owes answers; they are asked for by the next call.
+
+    Answering raises as `evaluate` does.
+    """
+    # Models answer here; a ship without sealed prompts need not wait for torch.
+    from ray_jobs.evaluate import evaluate_sealed, require_answered
+
+    with ray_cluster(home):
+        row = evaluate_sealed(home, ledger, recipe, model_id, run_id)
+    require_answered(row)
+    return row
+
+
 def _held(before: ChampionRow | None, model_id: str | None, reason: str) -> ShipResult:
     return ShipResult(
         shipped=False,
@@ -128,13 +165,17 @@ def _held(before: ChampionRow | None, model_id: str | None, reason: str) -> Ship
     )
 
 
-def _newest_evaluation(ledger: Ledger, deployment: str, model_id: str | None) -> EvaluationRow | None:
+def _newest_evaluation(
+    ledger: Ledger, deployment: str, model_id: str | None, *, sealed: str | None
+) -> EvaluationRow | None:
+    """Return the newest evaluation that was asked for; one on sealed prompts is a part of a ship."""
     query = sa.select(EvaluationRow).where(EvaluationRow.deployment == deployment)
-    query = query.order_by(EvaluationRow.created_at.desc()).limit(1)
+    query = query.order_by(EvaluationRow.created_at.desc())
     if model_id is not None:
         query = query.where(EvaluationRow.model_id == model_id)
     with ledger.read() as session:
-        return session.scalar(query)
+        rows = session.scalars(query)
+        return next((row for row in rows if sealed is None or row.report.get("prompts") != sealed), None)
 
 
 def _model(ledger: Ledger, model_id: str) -> ModelRow:
@@ -156,9 +197,12 @@ def _move(
     reason: str,
     timeout_s: float,
 ) -> ShipResult:
-    manifest = home.artifact("models", model.model_id).verify()
-    if manifest.get("digest") != model.digest:
-        msg = f"the artifact of `{model.model_id}` has digest {str(manifest.get('digest'))[:12]}, the ledger says {model.digest[:12]}"
+    artifact = home.artifact("models", model.model_id)
+    artifact.verify()
+    # The manifest names the digest as well, but it is no part of itself.
+    digest = artifact.content_digest(without=UNDIGESTED)
+    if digest != model.digest:
+        msg = f"the files of `{model.model_id}` have digest {digest[:12]}, the ledger says {model.digest[:12]}"
         raise DataError(msg)
     after = before
     if before is None or before.model_id != model.model_id:

@@ -29,13 +29,21 @@ from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_an
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, model_width, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
-from app.schemas import content_hash
+from app.schemas import Split, content_hash
 from app.storage import Artifact, Home
 from app.training.checkpoints import RunIdentity
 from app.training.held_out import Measures
-from app.training.judgements import balanced
+from app.training.judgements import balanced, distinct
 from app.training.objectives import load_objective
-from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, check_binding, count_steps, epoch_files, train_files
+from app.training.snapshots import (
+    SHUFFLE_WINDOW,
+    TrainFile,
+    check_binding,
+    count_steps,
+    epoch_files,
+    read_groups,
+    train_files,
+)
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
@@ -333,8 +341,9 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     if measures is None:
         msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
         raise WorkersLost(msg)
-    learning = _judge(measures, seed=recipe.train.seed)
-    counts = home.artifact("training", task.identity.snapshot_id).manifest()["counts"]
+    snapshot = home.artifact("training", task.identity.snapshot_id)
+    learning = _judge(measures, seed=recipe.train.seed, sources=distinct(read_groups(snapshot, Split.HELD_OUT)))
+    counts = snapshot.manifest()["counts"]
     metrics = {
         **summary(measures),
         "steps": task.total_steps,
@@ -359,14 +368,14 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures))
 
 
-def _judge(measures: Measures, *, seed: int) -> Learning | Likelihood | None:
+def _judge(measures: Measures, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:
     """Say whether the run learned, by the measure of its objective; None where too little was held out."""
     pairs, answers = measures.pairs, measures.answers
     if answers and not pairs and answers[0].start_logp is not None:
         return judge_likelihood(answers, level=0.95, seed=seed)
     if answers and len({pair.cluster for pair in pairs}) < FEW_CLUSTERS:
         return judge_answers(answers, level=0.95, seed=seed)
-    return judge_learning(pairs, level=0.95, seed=seed) if pairs else None
+    return judge_learning(pairs, level=0.95, seed=seed, sources=sources) if pairs else None
 
 
 def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> None:

@@ -13,7 +13,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.ledger import Ledger
+from app.evaluation.signature import sign_report
+from app.ledger import EvaluationRow, Ledger
 from app.storage import Home
 
 CHAT_TEMPLATE = (
@@ -64,6 +65,13 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
+
+
+def signed(home: Home, row: EvaluationRow) -> EvaluationRow:
+    """The row with a report that repeats and signs it, as `evaluate` stores it."""
+    columns = ("evaluation_id", "deployment", "model_id", "model_digest", "champion_id", "sft_id", "verdict")
+    row.report = sign_report({**row.report, **{name: getattr(row, name) for name in columns}}, home.signing_key())
+    return row
 
 
 # How long an example takes says how busy the machine is.

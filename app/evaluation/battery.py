@@ -18,6 +18,7 @@ from app.evaluation.judge_prompts import JudgeTask
 from app.evaluation.judged import (
     NULL_ANSWERS,
     Answers,
+    Judgement,
     Opposed,
     Pair,
     alpaca,
@@ -25,6 +26,7 @@ from app.evaluation.judged import (
     arena_hard_prompt,
     better_p_value,
     grade_all,
+    judgements,
     mt_bench,
     mt_bench_prompt,
     pair_up,
@@ -46,9 +48,8 @@ from app.evaluation.questions import (
     xstest_questions,
 )
 from app.evaluation.ratings import Rating, Ratings
-from app.evaluation.refusals import no_answer, refusal_tasks, refusals
+from app.evaluation.refusals import refusal_tasks, refusals
 from app.evaluation.suites import Answer
-from app.evaluation.verdicts import refuses
 
 Role = Literal["candidate", "champion", "sft"]
 
@@ -83,6 +84,8 @@ class SuiteResult:
     failures: Counter[str] = field(default_factory=Counter)
     outcomes: Mapping[Role, Mapping[str, int | None]] = field(default_factory=dict)
     """Of the win rate, by baseline and prompt: 1, 0, -1, or None without two verdicts."""
+    judgements: tuple[Judgement, ...] = ()
+    """The comparisons, to be read."""
 
 
 class Suite(Protocol):
@@ -132,7 +135,7 @@ class WinRateSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return the win rates, a win being one of both games."""
-        result = _Collected()
+        result = _Collected(self.name)
         baselines: tuple[Role, ...] = ("champion", "sft")
         outcomes: dict[Role, dict[str, int | None]] = {}
         for baseline in baselines:
@@ -140,7 +143,7 @@ class WinRateSuite:
                 # The same comparisons again would count twice for the judge.
                 comparisons, _ = read_pairs(self.pairs(said, baseline), _given(judged))
             else:
-                comparisons = result.read(self.pairs(said, baseline), _given(judged))
+                comparisons = result.read(self.pairs(said, baseline), _given(judged), baseline)
             outcomes[baseline] = {c.prompt_id: c.games.outcome for c in comparisons}
             rate = paired_rate(comparisons, resampling=resampling)
             note = f"{rate.wins} wins, {rate.ties} ties ({rate.inconsistent} of them inconsistent), {rate.losses} losses, {rate.dropped} without two verdicts"
@@ -174,11 +177,11 @@ class ArenaHardSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return scores by category, raw and at equal style, and what the candidate gained on the champion."""
-        result = _Collected()
+        result = _Collected(self.name)
         opposed = []
         by_role: dict[Role, dict[str, Comparison]] = {role: {} for role in self.roles}
         for role, baseline, pairs in self._pairs(said):
-            comparisons = result.read(pairs, _given(judged))
+            comparisons = result.read(pairs, _given(judged), baseline.model, role)
             by_role[role].update({c.prompt_id: c for c in comparisons})
             opposed.append(Opposed(role, baseline.model, tuple(comparisons), said[role].texts, baseline.turns))
         scored = arena_hard(opposed, resampling=resampling)
@@ -227,7 +230,7 @@ class MtBenchSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return mean grades, their difference, and the pairwise win rate over the champion."""
-        result = _Collected()
+        result = _Collected(self.name)
         scores = {}
         for role in self.roles:
             scores[role], failures = read_grades(grade_all(self.questions, said[role].texts), _given(judged))
@@ -249,7 +252,9 @@ class MtBenchSuite:
                 f"over the champion on the same turns, p = {p_value:.3f}",
             )
         )
-        comparisons = [c for turn in self._turns for c in result.read(self._pairs(said, turn), _given(judged))]
+        comparisons = [
+            c for turn in self._turns for c in result.read(self._pairs(said, turn), _given(judged), "champion")
+        ]
         pairwise = paired_rate(comparisons, resampling=resampling)
         note = f"over the champion; {pairwise.inconsistent} of {len(comparisons)} pairs inconsistent, counted as ties"
         result.add(estimated("mt_bench.win_rate", pairwise.win_rate, note))
@@ -275,9 +280,10 @@ class AlpacaSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return win rates over the baseline, raw and length-controlled."""
-        result = _Collected()
+        result = _Collected(self.name)
         for role in self.roles:
-            found = alpaca(result.read(self._pairs(said, role), _given(judged)), resampling=resampling)
+            comparisons = result.read(self._pairs(said, role), _given(judged), self.baseline.model, role)
+            found = alpaca(comparisons, resampling=resampling)
             result.add(estimated(f"alpaca.win_rate.{role}", found.raw, f"over {self.baseline.model}"))
             name = f"alpaca.length_controlled.{role}"
             if found.estimate is None:
@@ -311,33 +317,27 @@ class RefusalSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return shares of refusals by string and by judge, and their rise over the champion on safe requests."""
-        result = _Collected()
-        for role in self.roles:
-            found = refusals(self.questions, _first(said[role]), judged, resampling=resampling)
-            invalid = (
-                f"{found.invalid['safe']} safe and {found.invalid['unsafe']} unsafe answers are empty, cut or loop"
-            )
-            ways = [("", found.by_string), *([("judged_", found.by_judge)] if found.by_judge else [])]
-            for way, rates in ways:
-                result.add(estimated(f"refusal.{way}safe.{role}", rates.safe, invalid))
-                result.add(estimated(f"refusal.{way}unsafe.{role}", rates.unsafe, invalid))
-            result.detail[role] = asdict(found)
-        first = {role: _first(said[role]) for role in self.roles}
-        for half in ("safe", "unsafe"):
-            both = [
-                q
-                for q in self.questions
-                if q.category == half and not any(no_answer(first[role][q.id]) for role in self.roles)
-            ]
-            rises = [
-                float(refuses(first["candidate"][q.id].text)) - float(refuses(first["champion"][q.id].text))
-                for q in both
-            ]
-            result.add(
-                _difference(
-                    f"refusal.{half}.rise", rises, [q.cluster for q in both], resampling, "over the champion, by string"
-                )
-            )
+        result = _Collected(self.name)
+        found = {
+            role: refusals(self.questions, _first(said[role]), judged, resampling=resampling) for role in self.roles
+        }
+        refused: dict[str, dict[Role, dict[str, bool]]] = {"": {}, "judged_": {}}
+        for role, one in found.items():
+            invalid = f"{one.invalid['safe']} safe and {one.invalid['unsafe']} unsafe answers are empty, cut or loop"
+            for way, rates in (("", one.by_string), ("judged_", one.by_judge)):
+                if rates is not None:
+                    result.add(estimated(f"refusal.{way}safe.{role}", rates.safe, invalid))
+                    result.add(estimated(f"refusal.{way}unsafe.{role}", rates.unsafe, invalid))
+                    refused[way][role] = rates.refused
+            result.detail[role] = asdict(one)
+        for way, by_role in refused.items():
+            for half in ("safe", "unsafe") if by_role else ():
+                mine, other = by_role["candidate"], by_role["champion"]
+                both = [q for q in self.questions if q.category == half and q.id in mine and q.id in other]
+                rises = [float(mine[q.id]) - float(other[q.id]) for q in both]
+                note = f"over the champion, by {'judge' if way else 'string'}"
+                clusters = [q.cluster for q in both]
+                result.add(_difference(f"refusal.{way}{half}.rise", rises, clusters, resampling, note))
         return result.done(said)
 
 
@@ -359,9 +359,10 @@ class NullModelSuite:
 
     def measure(self, said: Mapping[Role, Said], judged: Judged | None, resampling: Resampling) -> SuiteResult:
         """Return the constants' win rates, and as `null_model` the one with the highest upper bound."""
-        result = _Collected()
+        result = _Collected(self.name)
         comparisons = {
-            name: result.read(self._pairs(said, text), _given(judged)) for name, text in NULL_ANSWERS.items()
+            name: result.read(self._pairs(said, text), _given(judged), "sft", f"the constant `{name}`")
+            for name, text in NULL_ANSWERS.items()
         }
         for name, rows in comparisons.items():
             rate = paired_rate(rows, resampling=resampling)
@@ -422,24 +423,33 @@ def health_of(results: Mapping[str, SuiteResult], resampling: Resampling) -> Jud
 
 @dataclass
 class _Collected:
+    suite: str
     metrics: list[Metric] = field(default_factory=list)
     detail: dict[str, Any] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    judgements: list[Judgement] = field(default_factory=list)
 
     def add(self, metric: Metric) -> None:
         self.metrics.append(metric)
 
-    def read(self, pairs: Sequence[Pair], judged: Judged) -> list[Comparison]:
+    def read(self, pairs: Sequence[Pair], judged: Judged, baseline: str, player: str = "candidate") -> list[Comparison]:
         comparisons, failures = read_pairs(pairs, judged)
         self.comparisons += comparisons
+        self.judgements += judgements(self.suite, player, baseline, pairs, comparisons, judged)
         self.failures.update(failures)
         return comparisons
 
     def done(self, said: Mapping[Role, Said] | None = None) -> SuiteResult:
         if said is not None:
             self.detail["cut"] = {role: one.cut for role, one in said.items()}
-        return SuiteResult(tuple(self.metrics), self.detail, tuple(self.comparisons), self.failures)
+        return SuiteResult(
+            tuple(self.metrics),
+            self.detail,
+            tuple(self.comparisons),
+            self.failures,
+            judgements=tuple(self.judgements),
+        )
 
 
 def _given(judged: Judged | None) -> Judged:

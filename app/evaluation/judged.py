@@ -47,9 +47,9 @@ class Pair:
     question: Question
     first: JudgeTask
     second: JudgeTask
-    candidate_length: int
-    """Characters of the last answer."""
-    baseline_length: int
+    candidate: tuple[str, ...]
+    """The answer to each turn."""
+    baseline: tuple[str, ...]
 
     @property
     def identical(self) -> bool:
@@ -79,8 +79,8 @@ def pair_up(
                 question,
                 compare(name, asked, other, mine, references),
                 compare(name, asked, mine, other, references),
-                len(mine[-1]),
-                len(other[-1]),
+                mine,
+                other,
             )
         )
     return pairs
@@ -105,13 +105,56 @@ def read_pairs(pairs: Sequence[Pair], judged: Judged) -> tuple[list[Comparison],
             p.question.cluster,
             p.question.category,
             games(verdict(p, p.first), verdict(p, p.second)),
-            p.candidate_length,
-            p.baseline_length,
+            len(p.candidate[-1]),
+            len(p.baseline[-1]),
             p.identical,
         )
         for p in pairs
     ]
     return comparisons, failures
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One comparison as somebody reads it: what was asked, both answers, and what the judge said of them."""
+
+    suite: str
+    player: str
+    """Whose answer is judged: mostly the candidate's."""
+    baseline: str
+    category: str
+    outcome: int | None
+    """1, 0 or -1 for the player; None without a verdict that counts."""
+    request: str
+    answer: str
+    other: str
+    words: tuple[str, ...]
+    """What the judge wrote, game by game; a reason where it wrote nothing."""
+
+
+def judgements(
+    suite: str, player: str, baseline: str, pairs: Sequence[Pair], comparisons: Sequence[Comparison], judged: Judged
+) -> list[Judgement]:
+    """Return the comparisons of these pairs to be read."""
+
+    def words(task: JudgeTask) -> str:
+        reply = judged.replies.get(task.key)
+        return reply.text if reply is not None else f"(no reply: {judged.failures.get(task.key, 'not asked')})"
+
+    return [
+        Judgement(
+            suite,
+            player,
+            baseline,
+            comparison.category,
+            comparison.games.outcome,
+            "\n\n".join(pair.question.turns[: len(pair.candidate)]),
+            "\n\n".join(pair.candidate),
+            "\n\n".join(pair.baseline),
+            ("(the same answer: a tie)",) if pair.identical else (words(pair.first), words(pair.second)),
+        )
+        for pair, comparison in zip(pairs, comparisons, strict=True)
+    ]
 
 
 def tasks_of(pairs: Sequence[Pair]) -> list[JudgeTask]:

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 import openai
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
-from app.config import JudgeSection
+from app.config import EndpointSection, JudgeSection
 from app.errors import PrefloopError, RecipeError, ServiceError
 from app.evaluation.judge_prompts import JudgeTask
 from app.ledger import JudgementRow, Ledger, now
@@ -26,8 +26,27 @@ from app.schemas import content_hash
 
 _NONCE_BYTES: Final = 8
 _CONFIGURATION: Final = (openai.AuthenticationError, openai.NotFoundError)
+_PASSING: Final = frozenset({"timeout", "no connection", "status 408", "status 409", "status 429"})
+_CHARACTERS: Final = 4
+"""So many are taken for a token where an endpoint does not say what it used: a budget must bind all the same."""
 _ENOUGH_TO_TELL: Final = 8
 """So many tasks that all fail are no matter of the tasks."""
+
+
+def passes(reason: str) -> bool:
+    """Say whether a failure may be gone the next time; a refusal or a request that is too long stays."""
+    return reason in _PASSING or reason.startswith("status 5")
+
+
+def api_key(section: EndpointSection, place: str) -> str:
+    """Return the key of an endpoint; raises RecipeError where the environment lacks the one that the recipe names."""
+    if section.api_key_variable is None:
+        return "none"  # the client wants one
+    key = os.environ.get(section.api_key_variable, "")
+    if not key:
+        msg = f"the key of {place} is not in the environment: `{section.api_key_variable}` is empty\n\nHint: export it, or set {place}.api_key_variable to null where the endpoint wants none."
+        raise RecipeError(msg)
+    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +76,7 @@ class EndpointJudge:
     def __init__(self, section: JudgeSection) -> None:
         """Raises RecipeError where the environment lacks the key that the recipe names."""
         self.section = section
-        key = ""
-        if section.api_key_variable is not None:
-            key = os.environ.get(section.api_key_variable, "")
-            if not key:
-                msg = f"the judge's key is not in the environment: `{section.api_key_variable}` is empty\n\nHint: export it, or set evaluate.judge.api_key_variable to null where the endpoint wants none."
-                raise RecipeError(msg)
-        self._key = key or "none"
+        self._key = api_key(section, "evaluate.judge")
 
     @property
     def name(self) -> str:
@@ -139,8 +152,8 @@ class _Run:
         waiting = list(reversed(tasks.items()))
 
         async def worker() -> None:
-            while waiting:
-                self._require_budget()
+            # What is under way when the budget is spent is paid for, so it is waited for and kept.
+            while waiting and not self._is_spent():
                 key, task = waiting.pop()
                 await self._pace()
                 await self._ask(client, key, task)
@@ -153,6 +166,9 @@ class _Run:
                         group.create_task(worker())
             except* PrefloopError as group_error:
                 raise group_error.exceptions[0] from None
+        if waiting:
+            msg = f"the judge {self.name} has used {self.spent} tokens on these tasks, evaluate.judge.budget_tokens = {section.budget_tokens} are allowed; {len(self.replies)} of {self.total} tasks were judged and are kept\n\nHint: raise the budget, and the same command goes on from there."
+            raise ServiceError(msg)
 
     async def _ask(self, client: openai.AsyncOpenAI, key: str, task: JudgeTask) -> None:
         nonce = secrets.token_hex(_NONCE_BYTES)
@@ -173,7 +189,8 @@ class _Run:
             return self._failed(key, "no connection", error)
         except openai.APIStatusError as error:
             return self._failed(key, f"status {error.status_code}", error)
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError) as error:
+            # The client lets through what `json` says of a body that is none.
             return self._failed(key, "malformed", error)
         # The client hands on whatever an endpoint says that is no JSON.
         if not isinstance(completion, ChatCompletion):
@@ -181,12 +198,13 @@ class _Run:
         choice = completion.choices[0] if completion.choices else None
         if choice is None or choice.finish_reason == "content_filter" or choice.message.refusal:
             return self._failed(key, "refused", choice)
-        usage = completion.usage
+        text, usage = choice.message.content or "", completion.usage
+        asked = sum(len(str(message["content"])) for message in task.messages(nonce))
         reply = Reply(
-            text=choice.message.content or "",
+            text=text,
             nonce=nonce,
-            prompt_tokens=0 if usage is None else usage.prompt_tokens,
-            completion_tokens=0 if usage is None else usage.completion_tokens,
+            prompt_tokens=asked // _CHARACTERS if usage is None else usage.prompt_tokens,
+            completion_tokens=len(text) // _CHARACTERS if usage is None else usage.completion_tokens,
         )
         await asyncio.to_thread(
             self.ledger.record_judgement,
@@ -216,8 +234,6 @@ class _Run:
         self.next_at = at + 60 / self.section.requests_per_minute
         await asyncio.sleep(at - time.monotonic())
 
-    def _require_budget(self) -> None:
+    def _is_spent(self) -> bool:
         budget = self.section.budget_tokens
-        if budget is not None and self.spent >= budget:
-            msg = f"the judge {self.name} has used {self.spent} tokens on these tasks, evaluate.judge.budget_tokens = {budget} are allowed; {len(self.replies)} of {self.total} tasks were judged and are kept\n\nHint: raise the budget, and the same command goes on from there."
-            raise ServiceError(msg)
+        return budget is not None and self.spent >= budget

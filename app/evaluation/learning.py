@@ -14,8 +14,9 @@ Answers that are imitated (`sft`): negative log-likelihood of a token, which mus
 the start model's must lie under 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ _SAME_LENGTH = 0.2
 
 class Measured(Protocol):
     """A held-out pair with what training added to its reward margin."""
+
+    @property
+    def pair_id(self) -> str:
+        """Id of the pair."""
 
     @property
     def cluster(self) -> str:
@@ -98,8 +103,8 @@ class ImitatedAnswer(Protocol):
 
 
 @dataclass(frozen=True)
-class LengthBucket:
-    """Pairs whose chosen answer is shorter, of about the same length, or longer than the rejected one."""
+class Bucket:
+    """Pairs of one kind: of one source, or whose chosen answer is shorter, as long, or longer than the rejected one."""
 
     name: str
     pairs: int
@@ -126,7 +131,9 @@ class Learning:
     clusters: int
     level: float
     metric: str = "held-out reward accuracy"
-    by_length: tuple["LengthBucket", ...] = ()
+    by_length: tuple["Bucket", ...] = ()
+    by_source: tuple["Bucket", ...] = ()
+    """Empty where all pairs have the same."""
     chosen_change: float | None = None
     """Mean change of a chosen answer's log-probability, in nats a token."""
     chosen_fell: float | None = None
@@ -150,7 +157,7 @@ class Learning:
             f"[{self.low:.1%}, {self.high:.1%}] ({self.level:.0%}, {self.clusters} prompt clusters)\n"
             f"  pairs {self.pairs}, ties {self.ties:.1%}\n"
             f"  chance 50.0%, prefer the shorter {self.shorter:.1%}, prefer the longer {self.longer:.1%}"
-            + "".join(f"\n  {bucket.line()}" for bucket in self.by_length)
+            + "".join(f"\n  {bucket.line()}" for bucket in (*self.by_length, *self.by_source))
             + moved
         )
 
@@ -188,8 +195,17 @@ def reward_accuracy(measures: Sequence[Measured], *, resampling: Resampling) -> 
     return mean_rate((0.5 * (1 + np.sign(gains))).tolist(), [m.cluster for m in measures], resampling=resampling)
 
 
-def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> Learning:
-    """Compare what training added to the margins of at least one held-out pair with chance and with their lengths."""
+def judge_learning(
+    measures: Sequence[Measured], *, level: float, seed: int, sources: Mapping[str, str] = MappingProxyType({})
+) -> Learning:
+    """Compare what training added to the margins of held-out pairs with chance and with their lengths.
+
+    Args:
+        measures: at least one.
+        level: of the interval.
+        seed: of its resamples.
+        sources: by pair where its label came from, such as `thumbs` or `edit`.
+    """
     gains = np.array([m.gain for m in measures])
     moved = [
         (m.chosen_logp - m.before_logp) / m.chosen_tokens
@@ -214,15 +230,26 @@ def judge_learning(measures: Sequence[Measured], *, level: float, seed: int) -> 
         pairs=accuracy.n,
         clusters=accuracy.n_clusters,
         level=level,
-        by_length=tuple(
-            LengthBucket(
-                name, int(side.sum()), float(0.5 * (1 + np.sign(gains[side])).mean()), float(gains[side].mean())
-            )
-            for name, side in sides.items()
-            if side.any()
-        ),
+        by_length=_buckets(sides, gains),
+        by_source=_by_source(measures, gains, sources),
         chosen_change=float(np.mean(moved)) if moved else None,
         chosen_fell=float(np.mean(np.array(moved) < 0)) if moved else None,
+    )
+
+
+def _by_source(
+    measures: Sequence[Measured], gains: NDArray[np.float64], sources: Mapping[str, str]
+) -> tuple[Bucket, ...]:
+    of_pair = np.array([sources.get(m.pair_id, "unknown") for m in measures])
+    names = sorted(set(of_pair))
+    return _buckets({f"from {name}": of_pair == name for name in names}, gains) if len(names) > 1 else ()
+
+
+def _buckets(kinds: Mapping[str, NDArray[np.bool_]], gains: NDArray[np.float64]) -> tuple[Bucket, ...]:
+    return tuple(
+        Bucket(name, int(kind.sum()), float(0.5 * (1 + np.sign(gains[kind])).mean()), float(gains[kind].mean()))
+        for name, kind in kinds.items()
+        if kind.any()
     )
 
 

@@ -127,7 +127,8 @@ def _preference(learning: Learning | None) -> list[Metric]:
             learning.level,
         )
     ]
-    found += [plain(f"preference.accuracy.{b.name.replace(' ', '_')}", b.accuracy, b.pairs) for b in learning.by_length]
+    buckets = (*learning.by_length, *learning.by_source)
+    found += [plain(f"preference.accuracy.{b.name.replace(' ', '_')}", b.accuracy, b.pairs) for b in buckets]
     if learning.chosen_change is not None:
         fell = f"nats a token that held-out chosen answers became more likely; {learning.chosen_fell or 0:.0%} became less so"
         found.append(plain("chosen_change", learning.chosen_change, n, fell))

@@ -36,6 +36,10 @@ class Question:
     """Right answers by turn, where there are any."""
     temperature: float = 0.0
 
+    def seed(self, turn: int) -> int:
+        """Return the seed of the answer to a turn, counted from 0: its own, and the same every time."""
+        return int(content_hash([self.id, turn])[:8], 16)
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerFile:

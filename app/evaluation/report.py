@@ -4,7 +4,7 @@ The three say the same: the verdict, every rule with value, interval, n and thre
 tables of ratings are here too. This module measures and decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,15 @@ from app.evaluation.suites import WinRate
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """How many evaluations have used a file of prompts, this one included."""
+
+    name: str
+    place: str
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """What was compared, on what, what was measured and what the gate says."""
 
@@ -32,6 +41,8 @@ class EvaluationReport:
     sft_id: str
     judge: str
     """Names the judge; a style that users asked for is named as such by the caller."""
+    answered_by: str
+    """Where the answers come from: whoever runs an endpoint vouches for the weights behind it."""
     prompts: str
     level: float
     measurements: Measurements
@@ -39,6 +50,7 @@ class EvaluationReport:
     """What the suites measured, by name."""
     unanswered: Mapping[str, int]
     """Tasks to which the judge gave no reply, by reason; the same evaluation again asks for them."""
+    looks: tuple[Look, ...]
     verdict: Verdict
 
     def as_json(self) -> dict[str, Any]:
@@ -74,8 +86,8 @@ class EvaluationReport:
         lines = [
             f"# {self.verdict.decision}: `{self.model_id}`",
             "",
-            f"Against champion `{self.champion_id}` and SFT `{self.sft_id}`, on `{self.prompts}`, judged by {self.judge}. "
-            f"Intervals: {self.level:.0%}, bootstrap over prompt clusters.",
+            f"Against champion `{self.champion_id}` and SFT `{self.sft_id}`, on `{self.prompts}`, judged by {self.judge}; "
+            f"answers of {self.answered_by}. Intervals: {self.level:.0%}, bootstrap over prompt clusters.",
             "",
             "| rule | value | interval | n | wanted | |",
             "|---|---|---|---|---|---|",
@@ -95,6 +107,7 @@ class EvaluationReport:
             lines += ["", "Warnings:", "", *(f"- {reason}" for reason in self.verdict.warnings)]
         if self.verdict.power:
             lines += ["", f"Power: {self.verdict.power}."]
+        lines += ["", f"Evaluations that used these files so far, this one included: {_looks(self.looks)}."]
         return "\n".join(lines) + "\n"
 
     def _metrics(self) -> list[Metric]:
@@ -118,7 +131,7 @@ class EvaluationReport:
         notes = [Text(reason, style="red") for reason in self.verdict.reasons]
         notes += [Text(f"warning: {reason}", style="yellow") for reason in self.verdict.warnings]
         below = Text(
-            f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)} {self.verdict.power}",
+            f"judge: {self.judge}; {self.level:.0%} intervals by prompt cluster; {_counts('champion', self.measurements.over_champion)} {self.verdict.power}; looks so far: {_looks(self.looks)}",
             style="dim",
         )
         return Panel(
@@ -126,6 +139,10 @@ class EvaluationReport:
             title=Text(f"{self.verdict.decision}  {self.model_id}", style="bold green" if ships else "bold red"),
             border_style="green" if ships else "red",
         )
+
+
+def _looks(looks: Sequence[Look]) -> str:
+    return ", ".join(f"{look.name} {look.times}" for look in looks)
 
 
 def _metric_cells(metric: Metric) -> tuple[str, str, str, str, str]:

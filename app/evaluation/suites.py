@@ -11,15 +11,15 @@ does not know how answers were generated.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
 from app.errors import DataError
 from app.evaluation.intervals import Estimate, Resampling, mean_rate, mean_ratio
+from app.evaluation.judge_prompts import JudgeTask, meets
 from app.evaluation.rows import read_rows
-from app.evaluation.rules import Style
 from app.schemas import SCHEMA_VERSION, FinishReason, content_hash
 
 ANSWER_SCHEMA = pa.schema(
@@ -40,7 +40,7 @@ _LOOP_MIN_RUNS = 8
 _LOOP_SHARE = 0.3
 _COMMON_WORD = 0.1
 _STRANGERS = 64
-_GOLDEN_KEYS = ("id", "prompt", "must", "must_not", "exact", "must_pass")
+_GOLDEN_KEYS = ("id", "prompt", "must", "must_not", "exact", "judge", "must_pass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +61,6 @@ class Answer:
         return self.finish_reason != FinishReason.LENGTH and bool(self.text.strip())
 
 
-class Outcome(StrEnum):
-    """How a candidate's answer fared against a baseline's."""
-
-    WIN = "win"
-    TIE = "tie"
-    LOSS = "loss"
-
-
-Judge = Callable[[Answer, Answer], Outcome]
-"""(candidate, baseline), both valid -> outcome for the candidate."""
-
-_POINTS = {Outcome.WIN: 1.0, Outcome.TIE: 0.5, Outcome.LOSS: 0.0}
-
-
-@dataclass(frozen=True, slots=True)
-class RuleJudge:
-    """Judges by the score of a style: the higher score wins, equal scores tie."""
-
-    style: Style
-
-    def __call__(self, candidate: Answer, baseline: Answer) -> Outcome:
-        """Return the outcome for the candidate."""
-        mine, other = self.style.score(candidate.text), self.style.score(baseline.text)
-        if mine == other:
-            return Outcome.TIE
-        return Outcome.WIN if mine > other else Outcome.LOSS
-
-
 @dataclass(frozen=True, slots=True)
 class WinRate:
     """A win rate with ties at one half, over the comparisons in which both answers are valid."""
@@ -106,7 +78,7 @@ class WinRate:
 
 @dataclass(frozen=True, slots=True)
 class GoldenCase:
-    """A prompt whose answer must contain, and must not contain, these patterns, or be exactly a text."""
+    """A prompt whose answer must contain, and must not contain, these patterns, be exactly a text, or satisfy a judge."""
 
     id: str
     prompt: str
@@ -114,6 +86,8 @@ class GoldenCase:
     must_not: tuple[re.Pattern[str], ...]
     exact: str | None = None
     """White space around it does not count."""
+    judge: str | None = None
+    """A requirement in words, for the judge."""
     must_pass: bool = True
     """Whether the gate asks for it; the others count in the pass rate only."""
 
@@ -129,48 +103,21 @@ class GoldenResult:
 
 
 def win_rate(
-    candidate: Sequence[Answer], baseline: Sequence[Answer], judge: Judge, *, resampling: Resampling
-) -> WinRate:
-    """Judge the candidate's answers against the baseline's on the same prompts.
-
-    Raises:
-        DataError: the two sides do not answer the same prompts, or answer one twice.
-    """
-    points: list[float] = []
-    clusters: list[str] = []
-    invalid_candidate = invalid_baseline = 0
-    for mine, other in _same_prompts(candidate, baseline):
-        if not other.valid:
-            invalid_baseline += 1
-        elif not mine.valid:
-            invalid_candidate += 1
-        else:
-            points.append(_POINTS[judge(mine, other)])
-            clusters.append(mine.cluster)
-    judged = len(points) + invalid_candidate
-    return WinRate(
-        estimate=mean_rate(points, clusters, resampling=resampling),
-        wins=points.count(1.0),
-        ties=points.count(0.5),
-        losses=points.count(0.0),
-        invalid_candidate=invalid_candidate,
-        invalid_baseline=invalid_baseline,
-        if_invalid_lost=sum(points) / judged if judged else 0.5,
-    )
-
-
-def judged_win_rate(
     candidate: Sequence[Answer],
     baseline: Sequence[Answer],
     outcomes: Mapping[str, int | None],
     *,
     resampling: Resampling,
 ) -> WinRate:
-    """Return the win rate from a judge's outcomes by prompt: 1, 0, -1; without one, the comparison is left out."""
+    """Return the win rate from outcomes by prompt: 1, 0, -1; a comparison without one is left out.
+
+    Raises:
+        DataError: the two sides do not answer the same prompts, or answer one twice.
+    """
     kept = [
-        (mine, other) for mine, other in _same_prompts(candidate, baseline) if outcomes.get(mine.prompt_id) is not None
+        (mine, other) for mine, other in same_prompts(candidate, baseline) if outcomes.get(mine.prompt_id) is not None
     ]
-    invalid = [(mine, other) for mine, other in _same_prompts(candidate, baseline) if not (mine.valid and other.valid)]
+    invalid = [(mine, other) for mine, other in same_prompts(candidate, baseline) if not (mine.valid and other.valid)]
     points = [(1 + (outcomes[mine.prompt_id] or 0)) / 2 for mine, _ in kept]
     spoilt = sum(other.valid for _, other in invalid)
     return WinRate(
@@ -190,7 +137,7 @@ def length_ratio(candidate: Sequence[Answer], baseline: Sequence[Answer], *, res
     Cut answers have the limit's length, not their own: how many there are is `share_finished`. Where no prompt has two
     valid answers the estimate is 0 with the method `empty`.
     """
-    rows = [(mine, other) for mine, other in _same_prompts(candidate, baseline) if mine.valid and other.valid]
+    rows = [(mine, other) for mine, other in same_prompts(candidate, baseline) if mine.valid and other.valid]
     if not rows:
         return Estimate(0.0, 0.0, 0.0, resampling.level, 0, 0, "empty")
     return mean_ratio(
@@ -263,7 +210,7 @@ def relevance(answers: Sequence[Answer], prompts: Mapping[str, str], *, seed: in
 
 
 def load_golden(place: str) -> list[GoldenCase]:
-    """Read golden cases: `prompt`, checks (lists `must` and `must_not` of regexes, `exact`), optional `id`, `must_pass`.
+    """Read golden cases: `prompt`, checks (regexes in `must` and `must_not`, `exact`, `judge`), optional `id`, `must_pass`.
 
     Raises:
         DataError: a line has another key, no prompt, no check, or a bad regex; names the line.
@@ -279,19 +226,20 @@ def load_golden(place: str) -> list[GoldenCase]:
             msg = f"{where}: `prompt` must be text that is not empty, found {prompt!r}"
             raise DataError(msg)
         must, must_not = (_patterns(row.get(key, []), f"{where}: `{key}`") for key in ("must", "must_not"))
-        exact, must_pass = row.get("exact"), row.get("must_pass", True)
-        if exact is not None and not (isinstance(exact, str) and exact.strip()):
-            msg = f"{where}: `exact` must be text that is not empty, found {exact!r}"
-            raise DataError(msg)
+        exact, judge, must_pass = row.get("exact"), row.get("judge"), row.get("must_pass", True)
+        for key, text in (("exact", exact), ("judge", judge)):
+            if text is not None and not (isinstance(text, str) and text.strip()):
+                msg = f"{where}: `{key}` must be text that is not empty, found {text!r}"
+                raise DataError(msg)
         if not isinstance(must_pass, bool):
             msg = f"{where}: `must_pass` must be true or false, found {must_pass!r}"
             raise DataError(msg)
-        if not must and not must_not and exact is None:
-            msg = f"{where}: a golden case needs a pattern in `must` or `must_not`, or a text in `exact`"
+        if not must and not must_not and exact is None and judge is None:
+            msg = f"{where}: a golden case needs a pattern in `must` or `must_not`, or a text in `exact` or `judge`"
             raise DataError(msg)
         name = row.get("id")
         identity = content_hash(prompt)[:16] if name is None else str(name)
-        cases.append(GoldenCase(identity, prompt, must, must_not, exact, must_pass))
+        cases.append(GoldenCase(identity, prompt, must, must_not, exact, judge, must_pass))
     names = [case.id for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not cases:
@@ -300,8 +248,29 @@ def load_golden(place: str) -> list[GoldenCase]:
     return cases
 
 
-def check_golden(cases: Sequence[GoldenCase], answers: Sequence[Answer]) -> list[GoldenResult]:
-    """Check each case's answer; an invalid answer fails. Raises DataError where an answer is missing."""
+def golden_tasks(cases: Sequence[GoldenCase], answers: Sequence[Answer]) -> dict[str, JudgeTask]:
+    """Return by case what a judge is asked about the valid answers to the cases that want one."""
+    by_prompt = _by_prompt(answers)
+    return {
+        case.id: meets(case.prompt, by_prompt[case.id].text, case.judge)
+        for case in cases
+        if case.judge is not None and case.id in by_prompt and by_prompt[case.id].valid
+    }
+
+
+def check_golden(
+    cases: Sequence[GoldenCase], answers: Sequence[Answer], met: Mapping[str, bool] = MappingProxyType({})
+) -> list[GoldenResult]:
+    """Check each case's answer; an invalid answer fails, and one that wants a judge's verdict and has none.
+
+    Args:
+        cases: what must be answered how.
+        answers: one for each case.
+        met: by case what the judge said of its requirement.
+
+    Raises:
+        DataError: an answer is missing.
+    """
     by_prompt = _by_prompt(answers)
     results = []
     for case in cases:
@@ -309,16 +278,16 @@ def check_golden(cases: Sequence[GoldenCase], answers: Sequence[Answer]) -> list
         if answer is None:
             msg = f"no answer to the golden prompt `{case.id}`"
             raise DataError(msg)
-        results.append(_golden_result(case, answer))
+        results.append(_golden_result(case, answer, met.get(case.id)))
     return results
 
 
-def _golden_result(case: GoldenCase, answer: Answer) -> GoldenResult:
-    reason = _golden_fault(case, answer)
+def _golden_result(case: GoldenCase, answer: Answer, met: bool | None) -> GoldenResult:  # noqa: FBT001
+    reason = _golden_fault(case, answer, met)
     return GoldenResult(case.id, not reason, reason, case.must_pass)
 
 
-def _golden_fault(case: GoldenCase, answer: Answer) -> str:
+def _golden_fault(case: GoldenCase, answer: Answer, met: bool | None) -> str:  # noqa: FBT001
     if not answer.valid:
         return "the answer is empty or was cut by the token limit"
     if case.exact is not None and answer.text.strip() != case.exact.strip():
@@ -329,6 +298,9 @@ def _golden_fault(case: GoldenCase, answer: Answer) -> str:
     wrong = [p.pattern for p in case.must_not if p.search(answer.text)]
     if wrong:
         return f"must not contain {wrong[0]!r}: {answer.text[:200]!r}"
+    if case.judge is not None and not met:
+        said = "the judge gave no verdict" if met is None else "the judge says that it does not"
+        return f"must meet {case.judge!r}, {said}: {answer.text[:200]!r}"
     return ""
 
 
@@ -347,7 +319,8 @@ def _share(answers: Sequence[Answer], holds: Callable[[Answer], bool], resamplin
     return mean_rate([float(holds(a)) for a in answers], [a.cluster for a in answers], resampling=resampling)
 
 
-def _same_prompts(candidate: Sequence[Answer], baseline: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
+def same_prompts(candidate: Sequence[Answer], baseline: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
+    """Pair the answers of two models up; raises DataError where they do not answer the same prompts, each once."""
     mine, other = _by_prompt(candidate), _by_prompt(baseline)
     if mine.keys() != other.keys():
         odd = sorted(mine.keys() ^ other.keys())

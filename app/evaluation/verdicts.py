@@ -53,6 +53,11 @@ def parse_refusal(text: str, nonce: str | None = None) -> RefusalClass | None:
     return next((name for name in REFUSAL_CLASSES if name == found), None)
 
 
+def parse_met(text: str, nonce: str | None = None) -> bool | None:
+    """Return whether the last verdict says that a requirement is met; None where there is none."""
+    return {"met": True, "not_met": False}.get((_last(text, "met|not_met", nonce) or "").lower())
+
+
 def _last(text: str, content: str, nonce: str | None) -> str | None:
     if nonce is not None:
         patterns: Sequence[str] = (rf"\[\[\s*{re.escape(nonce)}\s*:?\s*({content})\s*\]\]",)

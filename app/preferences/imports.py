@@ -6,7 +6,7 @@ first counts; rows that contradict one another are all left out.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from app.preferences.candidates import Rejection, storable
 from app.preferences.formats import read_rows
 from app.preferences.quality import resolve
 from app.preferences.snapshots import check_name, write_pair_snapshot
+from app.schemas import Source
 from app.storage import Home
 
 _SHOWN = 2
@@ -40,9 +41,17 @@ class ImportReport:
 
 
 def import_files(
-    home: Home, ledger: Ledger, paths: Sequence[Path], *, name: str, section: PairSection
+    home: Home, ledger: Ledger, paths: Sequence[Path], *, name: str, section: PairSection, judge: str | None = None
 ) -> tuple[SnapshotRow, ImportReport]:
     """Read files and write what can train as the pair snapshot `name`.
+
+    Args:
+        home: where the snapshot is written.
+        ledger: where it is registered.
+        paths: the files.
+        name: what people call the snapshot.
+        section: its settings.
+        judge: the model that labelled the pairs, if one did: it may not judge what learned from them.
 
     Raises:
         DataError: a file cannot be read (all such files are listed), or no row is left (with examples of each reason).
@@ -50,7 +59,12 @@ def import_files(
     """
     check_name(name)
     reading = read_rows(paths)
-    pairs, later = resolve(reading.candidates, max_pairs_per_prompt=section.max_pairs_per_prompt)
+    source = Source.IMPORT if judge is None else Source.JUDGE
+    candidates = [
+        replace(c, pair=replace(c.pair, source=source.value, subject=judge or c.pair.subject))
+        for c in reading.candidates
+    ]
+    pairs, later = resolve(candidates, max_pairs_per_prompt=section.max_pairs_per_prompt)
     report = ImportReport(reading.rows, len(pairs), (*reading.rejections, *later))
     assert report.kept + len(report.rejections) == reading.rows, "rows were lost"  # noqa: S101
     if not pairs:
@@ -66,7 +80,11 @@ def import_files(
         section=section,
         quarantine=report.rejections,
         counts={"read": reading.rows},
-        origin={"kind": "import", "files": [asdict(file) for file in reading.files]},
+        origin={
+            "kind": "import",
+            "files": [asdict(file) for file in reading.files],
+            **({} if judge is None else {"judge": judge}),
+        },
         name=name,
     )
     return row, report

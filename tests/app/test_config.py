@@ -244,6 +244,8 @@ def test_faults_of_a_gate_are_named(tmp_path):
         RecipeError, match=r"evaluate.gate.min_prompts`: it is `evaluate.gate.rules.judged_prompts.threshold` now"
     ):
         gate(min_prompts=3)
+    with pytest.raises(RecipeError, match=r"it is `evaluate.gate.rules.finished.threshold` now, with the other sign"):
+        gate(finished_drop_max=0.1)
     path = tmp_path / "recipe.yaml"
     path.write_text(
         yaml.safe_dump({**EVALUATE, "evaluate": {**EVALUATE["evaluate"], "gate": str(tmp_path / "gate.yaml")}})

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.ledger import FeedbackRow, Ledger, ModelRow, ResponseRow
 from app.models import Lineage, register_folder
 from app.storage import Home
-from tests.conftest import free_ports
+from tests.conftest import free_ports, signed
 from tests.dashboard import stage
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         lineage = Lineage(kind="merged", parent_id=old.model_id)
         new = register_folder(home, ledger, write_checkpoint(root / "new", NEW_WORDS), name="live", lineage=lineage)
         with ledger.write() as session:
-            session.add(stage.evaluation(new, "SHIP", champion_id=old.model_id, sft_id=old.model_id))
+            session.add(signed(home, stage.evaluation(new, "SHIP", champion_id=old.model_id, sft_id=old.model_id)))
         yield Live(home, ledger, f"http://127.0.0.1:{ports[1]}", old.model_id, new.model_id)
         ledger.close()
 

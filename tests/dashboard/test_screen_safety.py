@@ -24,6 +24,8 @@ PLAIN_PARAMETERS = {
     "number_input": set(),
     "page_link": {"query_params"},
     "pills": {1},
+    # A file to be saved: nothing of it is drawn.
+    "download_button": {1, "file_name"},
     "container": set(),
 }
 NOT_SHOWN = {

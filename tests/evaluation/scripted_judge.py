@@ -41,6 +41,13 @@ class ScriptedJudge:
     statuses: list[int] = field(default_factory=list)
     """Statuses of the next replies, before it answers."""
     finish_reason: str = "stop"
+    model: str = ""
+    """Who says that it answers; empty: whoever was asked."""
+    error: str = "scripted"
+    """What a reply with another status than 200 says."""
+    usage: bool = True
+    broken: set[int] = field(default_factory=set)
+    """Numbers of the replies whose body is no JSON, though they say so."""
     most_at_once: int = 0
     url: str = ""
 
@@ -57,9 +64,9 @@ def scripted_judge(answer: Answering, **options) -> Iterator[ScriptedJudge]:
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = Asked(
-                body["messages"][0]["content"], body["messages"][1]["content"], body, self.headers["Authorization"]
-            )
+            first, last = body["messages"][0], body["messages"][-1]
+            system = first["content"] if first["role"] == "system" else ""
+            asked = Asked(system, last["content"], body, self.headers["Authorization"])
             with lock:
                 at_once[0] += 1
                 judge.most_at_once = max(judge.most_at_once, at_once[0])
@@ -68,19 +75,26 @@ def scripted_judge(answer: Answering, **options) -> Iterator[ScriptedJudge]:
             time.sleep(judge.seconds)
             with lock:
                 at_once[0] -= 1
-            self.reply(status, judge.answer(asked) if status == 200 else "")
+            self.reply(status, judge.answer(asked) if status == 200 else "", judge.model or body["model"])
 
-        def reply(self, status, text):
+        def reply(self, status, text, model):
             message = {"role": "assistant", "content": text}
             content = {
                 "id": "x",
                 "object": "chat.completion",
                 "created": 0,
-                "model": "scripted",
+                "model": model,
                 "choices": [{"index": 0, "message": message, "finish_reason": judge.finish_reason}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
             }
-            payload = json.dumps(content if status == 200 else {"error": {"message": "scripted"}}).encode()
+            if judge.usage:
+                content["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+            if len(judge.asked) - 1 in judge.broken:
+                content = None
+            payload = (
+                b'{"choices": ['
+                if content is None
+                else json.dumps(content if status == 200 else {"error": {"message": judge.error}}).encode()
+            )
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(payload)))

@@ -12,9 +12,10 @@ from app.evaluation import gate, suites
 from app.evaluation.intervals import Estimate, Resampling, mean_rate
 from app.evaluation.measurements import Measurements, Sides
 from app.evaluation.metrics import Metric
-from app.evaluation.report import EvaluationReport
+from app.evaluation.report import EvaluationReport, Look
 from app.evaluation.rules import parse_style
-from app.evaluation.suites import Answer, GoldenResult, RuleJudge, WinRate
+from app.evaluation.scored import compare, style_score
+from app.evaluation.suites import Answer, GoldenResult, WinRate
 
 QUICK = Resampling(samples=400)
 GATE = GateSection()
@@ -111,6 +112,9 @@ def test_a_champion_must_be_beaten_unless_the_recipe_says_that_not_worse_will_do
     assert decide(equal, rules(win_rate_champion={"threshold": 0.47})).decision == "SHIP"
 
 
+LOOKS = (Look("prompts", "p.jsonl", 4),)
+
+
 def shown(rate, prompts, generator):
     """A win rate on so many independent prompts, when the candidate wins this share of them."""
     values = (generator.random(prompts) < rate).astype(float)
@@ -205,11 +209,12 @@ def sft(word, i):
 
 def measured(candidate):
     base = scripted(sft, "sft")
-    judge = RuleJudge(STYLE)
+    requests = {answer.prompt_id: "?" for answer in base}
+    outcomes = compare(candidate, base, style_score(STYLE), against="base", requests=requests).outcomes
     both = lambda number: Sides(number(candidate), number(base))  # noqa: E731
     return Measurements(
-        over_champion=suites.win_rate(candidate, base, judge, resampling=QUICK),
-        over_sft=suites.win_rate(candidate, base, judge, resampling=QUICK),
+        over_champion=suites.win_rate(candidate, base, outcomes, resampling=QUICK),
+        over_sft=suites.win_rate(candidate, base, outcomes, resampling=QUICK),
         length_ratio=suites.length_ratio(candidate, base, resampling=QUICK),
         finished=both(lambda a: suites.share_finished(a, resampling=QUICK).value),
         looping=both(lambda a: suites.share_looping(a, resampling=QUICK).value),
@@ -280,7 +285,7 @@ def test_drift_without_meaning_rarely_passes_the_two_independent_controls():
 def test_the_report_says_the_same_in_json_markdown_and_on_the_card():
     held = replace(GOOD, length_ratio=estimate(1.6, 1.5, 1.7))
     report = EvaluationReport(
-        "e", "new-1", "sft-1", "sft-1", "rules", "p.jsonl", 0.95, held, {}, {}, decide(held, GATE)
+        "e", "new-1", "sft-1", "sft-1", "rules", "the job", "p.jsonl", 0.95, held, {}, {}, LOOKS, decide(held, GATE)
     )
     content = report.as_json()
     assert content["verdict"] == "HOLD"

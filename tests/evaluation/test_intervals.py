@@ -44,6 +44,14 @@ def test_95_percent_intervals_cover_the_truth_with_and_without_clusters(cluster_
     assert 0.92 <= coverage(cluster_size, trials=500, clusters=120) <= 0.975
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("cluster_size", "clusters"), [(1, 300), (1, 100), (5, 60), (5, 20), (10, 30), (10, 20)], ids=str
+)
+def test_two_thousand_intervals_cover_between_93_and_97_percent(cluster_size, clusters):
+    assert 0.93 <= coverage(cluster_size, trials=2000, clusters=clusters) <= 0.97
+
+
 def test_ignoring_clusters_would_be_too_sure():
     generator = np.random.default_rng(3)
     values = np.repeat((generator.random(60) < 0.6).astype(float), 5).tolist()

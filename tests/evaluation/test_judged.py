@@ -58,7 +58,7 @@ def test_the_baseline_is_a_in_the_first_game_and_b_in_the_second():
     (pair,) = pair_up(ask(1), {"q0": ("mine",)}, {"q0": ("other",)}, arena_hard_prompt)
     assert pair.first.material == (("request", "request 0?"), ("answer A", "other"), ("answer B", "mine"))
     assert pair.second.material == (("request", "request 0?"), ("answer A", "mine"), ("answer B", "other"))
-    assert (pair.candidate_length, pair.baseline_length) == (4, 5)
+    assert (pair.candidate, pair.baseline) == (("mine",), ("other",))
 
 
 def test_the_second_turn_is_judged_with_the_first_and_the_references_so_far():

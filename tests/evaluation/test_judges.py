@@ -101,6 +101,26 @@ def test_the_budget_stops_the_judge_and_a_larger_one_goes_on(ledger):
     assert len(judge.asked) == 8
 
 
+def test_what_is_under_way_when_the_budget_is_spent_is_kept(ledger):
+    with scripted_judge(longer, seconds=0.2) as judge:
+        with pytest.raises(ServiceError, match="has used 440 tokens.*4 of 8 tasks were judged"):
+            endpoint(judge, budget_tokens=100, concurrency=4).judge(ledger, tasks(8))
+        assert endpoint(judge).judge(ledger, tasks(8)).asked == 4
+        assert len(judge.asked) == 8
+
+
+def test_the_budget_binds_where_the_endpoint_does_not_say_what_it_used(ledger):
+    spent = pytest.raises(ServiceError, match="1 of 8 tasks were judged")
+    with scripted_judge(longer, usage=False) as judge, spent:
+        endpoint(judge, budget_tokens=100, concurrency=1).judge(ledger, tasks(8))
+
+
+def test_a_body_that_is_no_json_is_counted_and_ends_nothing(ledger):
+    with scripted_judge(longer, broken={0}) as judge:
+        judged = endpoint(judge, retries=0, concurrency=1).judge(ledger, tasks(3))
+    assert (list(judged.failures.values()), len(judged.replies)) == (["malformed"], 2)
+
+
 def test_the_key_comes_from_the_environment_and_is_missed_by_name(ledger, monkeypatch):
     with scripted_judge(longer) as judge:
         section = JudgeSection(url=judge.url, model="scripted", api_key_variable="JUDGE_KEY")

@@ -38,6 +38,19 @@ def test_an_accuracy_that_lengths_alone_reach_is_not_learned(shorter_chosen, sho
     assert learning.table().startswith("NOT LEARNED: ")
 
 
+def test_sources_are_told_apart_where_there_are_several():
+    rows = measures(right=60, wrong=40)
+    sources = {str(i): "edit" if i < 50 else "thumbs" for i in range(100)}
+    learning = judge_learning(rows, level=0.95, seed=0, sources=sources)
+    assert [(b.name, b.pairs, b.accuracy) for b in learning.by_source] == [
+        ("from edit", 50, 1.0),
+        ("from thumbs", 50, pytest.approx(0.2)),
+    ]
+    assert "from thumbs: 50 pairs, accuracy 20.0%" in learning.table()
+    for same in ({}, dict.fromkeys(sources, "edit")):
+        assert judge_learning(rows, level=0.95, seed=0, sources=same).by_source == ()
+
+
 def test_an_accuracy_whose_interval_holds_chance_is_not_learned():
     learning = judge_learning(measures(right=52, wrong=48), level=0.95, seed=0)
     assert learning.low < 0.5 < learning.accuracy

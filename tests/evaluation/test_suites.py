@@ -8,10 +8,11 @@ from app.errors import DataError
 from app.evaluation import suites
 from app.evaluation.intervals import Resampling
 from app.evaluation.rules import parse_style
-from app.evaluation.suites import Answer, GoldenCase, RuleJudge
+from app.evaluation.scored import compare, style_score
+from app.evaluation.suites import Answer, GoldenCase
 
 QUICK = Resampling(samples=200)
-JUDGE = RuleJudge(parse_style({"name": "s", "rules": [{"name": "you", "pattern": "you", "weight": 1}]}, place="x"))
+YOU = parse_style({"name": "s", "rules": [{"name": "you", "pattern": "you", "weight": 1}]}, place="x")
 
 
 def answers(*texts, model="m", reason="stop"):
@@ -22,10 +23,16 @@ def answers(*texts, model="m", reason="stop"):
     ]
 
 
+def win_rate(mine, base):
+    requests = {answer.prompt_id: "?" for answer in mine}
+    compared = compare(mine, base, style_score(YOU), against="base", requests=requests)
+    return suites.win_rate(mine, base, compared.outcomes, resampling=QUICK)
+
+
 def test_invalid_answers_are_left_out_and_counted_never_lost():
     mine = answers("you", "you", "you", "", "none", reason=("stop", "length", "stop", "stop", "stop"))
     base = answers("no", "no", "no", "no", "none", model="b", reason=("stop", "stop", "length", "stop", "stop"))
-    measured = suites.win_rate(mine, base, JUDGE, resampling=QUICK)
+    measured = win_rate(mine, base)
     assert (measured.wins, measured.ties, measured.losses) == (1, 1, 0)
     assert (measured.invalid_candidate, measured.invalid_baseline) == (2, 1)
     assert measured.estimate.value == 0.75
@@ -34,7 +41,7 @@ def test_invalid_answers_are_left_out_and_counted_never_lost():
 
 def test_nothing_that_can_be_judged_is_no_win_and_no_loss():
     cut = answers("you", reason="length")
-    measured = suites.win_rate(cut, answers("x", model="b"), JUDGE, resampling=QUICK)
+    measured = win_rate(cut, answers("x", model="b"))
     assert measured.estimate.method == "empty"
     assert measured.if_invalid_lost == 0
 
@@ -48,17 +55,17 @@ def test_length_is_compared_where_both_answers_ended():
 
 def test_a_model_against_itself_ties_everywhere():
     both = answers("you", "no", "you and me")
-    assert suites.win_rate(both, both, JUDGE, resampling=QUICK).estimate.value == 0.5
+    assert win_rate(both, both).estimate.value == 0.5
 
 
 def test_mixed_or_missing_answers_are_refused():
     with pytest.raises(DataError, match="same prompts"):
-        suites.win_rate(answers("a", "b"), answers("a"), JUDGE, resampling=QUICK)
+        win_rate(answers("a", "b"), answers("a"))
     with pytest.raises(DataError, match="twice"):
-        suites.win_rate(answers("a") * 2, answers("a"), JUDGE, resampling=QUICK)
+        win_rate(answers("a") * 2, answers("a"))
     with pytest.raises(DataError, match="several models"):
         mixed = [answers("a", "b")[0], answers("a", "b", model="other")[1]]
-        suites.win_rate(mixed, answers("a", "b"), JUDGE, resampling=QUICK)
+        win_rate(mixed, answers("a", "b"))
 
 
 def test_loops_are_found_and_honest_lists_are_not():
@@ -95,10 +102,33 @@ def test_golden_cases_need_every_must_and_no_must_not():
         suites.check_golden([case], [])
 
 
+def test_a_golden_case_may_ask_a_judge_and_without_its_verdict_it_fails():
+    cases = [
+        GoldenCase("p0", "How do I sleep?", (), (), judge="names no drug"),
+        GoldenCase("p1", "And?", (re.compile("tea"),), (), judge="is kind", must_pass=False),
+        GoldenCase("p2", "Why?", (), (), judge="says why"),
+        GoldenCase("p3", "Capital?", (re.compile("Paris"),), ()),
+    ]
+    said = answers("Take a walk.", "No tea.", "cut", "Paris", reason=("stop", "stop", "length", "stop"))
+    tasks = suites.golden_tasks(cases, said)
+    assert list(tasks) == ["p0", "p1"]
+    assert tasks["p0"].material == (
+        ("request", "How do I sleep?"),
+        ("requirement", "names no drug"),
+        ("answer", "Take a walk."),
+    )
+    results = suites.check_golden(cases, said, {"p0": True, "p1": False})
+    assert [r.passed for r in results] == [True, False, False, True]
+    assert "must meet 'is kind', the judge says that it does not" in results[1].reason
+    assert "cut by the token limit" in results[2].reason
+    assert "the judge gave no verdict" in suites.check_golden(cases, said)[0].reason
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ('{"prompt": "a", "must": ["("]}', "position"),
+        ('{"prompt": "a", "judge": " "}', "`judge` must be text"),
         ('{"prompt": "a"}', "must"),
         ('{"prompt": "a", "must": "b"}', "list"),
         ('{"must": ["b"]}', "prompt"),

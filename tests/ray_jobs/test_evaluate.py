@@ -16,6 +16,7 @@ from app.errors import DataError, ModelError
 from app.evaluation.perplexity import perplexity
 from app.evaluation.prompts import load_prompts
 from app.evaluation.questions import Question
+from app.evaluation.signature import signature_fault
 from app.generation import GenerationRequest, generate
 from app.ledger import EvaluationRow, Ledger, RunRow, now
 from app.models import Lineage, load_model, load_tokenizer, register_folder, render_prompt
@@ -134,7 +135,7 @@ def test_answers_are_what_the_model_says_greedily(stage, verdict):
 
 def test_nothing_is_generated_twice(stage, verdict, monkeypatch):
     home, ledger, recipe, _, candidate = stage
-    monkeypatch.setattr(answers_module.ray, "remote", lambda _cls: pytest.fail("a model was asked again"))
+    monkeypatch.setattr(answers_module, "_in_actors", lambda *_: pytest.fail("a model was asked again"))
     again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
     assert again.evaluation_id == verdict.evaluation_id
     # Other bounds: a new verdict from the answers that are kept.
@@ -163,10 +164,10 @@ def test_a_model_whose_answers_are_all_cut_wins_nothing_and_loses_nothing(cluste
 
 def test_a_prompt_that_fills_the_context_gets_an_answer_that_was_cut_and_a_long_one_what_room_is_left(stage):
     home, _, _, sft, _ = stage
-    actor = answers_module.ModelActor(home.uri, sft.model_id, "float32", 1)
+    loaded = load_model(home, sft.model_id, dtype="float32")
     texts = {"fits": "hello", "long": "x" * (2048 - 60), "longer": "x" * 4000}
     prompts = [Question(name, name, "", (text,)) for name, text in texts.items()]
-    fits, long, longer = actor.answer(prompts, answers_module.Decoding(64, 2, "float32"))
+    fits, long, longer = answers_module.answer(loaded, prompts, answers_module.Decoding(64, 2, "float32"))
     window = 2048
     spent = len(render_prompt(load_tokenizer(home, sft.model_id), [Message("user", texts["long"])], None))
     assert 0 < window - spent < 64
@@ -175,19 +176,106 @@ def test_a_prompt_that_fills_the_context_gets_an_answer_that_was_cut_and_a_long_
     assert (longer.text, longer.finish_reason, longer.n_tokens, longer.valid) == ("", "length", 0, False)
 
 
-def test_what_a_model_refuses_is_told_without_a_trace(cluster, stage, monkeypatch):
-    home, ledger, recipe, sft, _ = stage
-
-    def refuse(_self, _prompts, _decoding):
-        raise ModelError("the template cannot render this")
-
-    monkeypatch.setattr(answers_module.ModelActor, "answer", refuse)
-    tree = recipe.model_dump(mode="json")
-    tree["evaluate"]["max_new_tokens"] = 7
-    with pytest.raises(ModelError) as told:
-        evaluate(home, ledger, parse_recipe(tree, place="test"), sft.model_id, None)
-    assert str(told.value) == "the template cannot render this"
+def test_what_a_model_refuses_is_told_without_a_trace(cluster, stage, tmp_path):
+    home, ledger, recipe, _, _ = stage
+    folder = write_tiny_model(tmp_path / "picky", seed=2)
+    template = folder / "chat_template.jinja"
+    refusal = "{% if 'say 7' in messages[0]['content'] %}{{ raise_exception('not that') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    picky = register_folder(home, ledger, folder, name="picky", lineage=Lineage(kind="full"))
+    with pytest.raises(ModelError, match="not that") as told:
+        evaluate(home, ledger, recipe, picky.model_id, None)
+    assert "Traceback" not in str(told.value)
     assert type(told.value) is ModelError
+
+
+def resources(actors=1):
+    return answers_module.Resources(cpus=1, gpus=0, threads=1, actors=actors)
+
+
+def ask(home, model, questions, *, actors=1, batch_size=1, progress=None):
+    (given,) = answers_module.gather(
+        home,
+        [answers_module.Wanted(model, (tuple(questions),), None)],
+        decoding=answers_module.Decoding(8, batch_size, "float32"),
+        endpoint=None,
+        resources=lambda: resources(actors),
+        on_progress=lambda *told: None if progress is None else progress.append(told),
+    )
+    return given
+
+
+def test_a_killed_job_goes_on_with_the_parts_that_are_missing_and_gives_the_same_answers(
+    cluster, stage, tmp_path, monkeypatch
+):
+    home, _, _, _, candidate = stage
+    questions = [Question(f"q{i}", f"q{i}", "", (f"count to {i} " * i,), temperature=0.9) for i in range(1, 8)]
+    unbroken = ask(Home.at(shutil.copytree(home.local(), tmp_path / "other")), candidate, questions, actors=2)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module._Set, "_finish", lambda _: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            ask(home, candidate, questions, progress=seen)
+    assert [told[1:] for told in seen] == [(2, 7), (4, 7), (6, 7)]
+    kept = home.local("cache", "answers", f"{unbroken.artifacts[0]}-{candidate.model_id}")
+    files = sorted(kept.glob("part-*.parquet"))
+    assert len(files) == 4
+    files[1].unlink()
+    times = {path: path.stat().st_mtime_ns for path in files if path != files[1]}
+    told = []
+    finish = answers_module._Set._finish
+
+    def look(of_set):
+        told.append({path: path.stat().st_mtime_ns for path in times})
+        finish(of_set)
+
+    monkeypatch.setattr(answers_module._Set, "_finish", look)
+    again = ask(home, candidate, questions)
+    assert told == [times]
+    assert (again.answers, again.artifacts) == (unbroken.answers, unbroken.artifacts)
+    assert [answer.prompt_id for answer in again.answers[0]] == [question.id for question in questions]
+    assert not kept.exists()
+
+
+def test_two_sets_of_the_same_questions_are_answered_once(cluster, stage):
+    home, _, _, _, candidate = stage
+    questions = tuple(Question(f"s{i}", f"s{i}", "", (f"say {i}",)) for i in range(3))
+    (given,) = answers_module.gather(
+        home,
+        [answers_module.Wanted(candidate, (questions, questions), None)],
+        decoding=answers_module.Decoding(4, 2, "float32"),
+        endpoint=None,
+        resources=resources,
+        on_progress=lambda *_: None,
+    )
+    assert given.answers[0] == given.answers[1]
+    assert len(given.answers[0]) == 3
+
+
+def test_a_verdict_that_somebody_changed_is_reached_again(stage, verdict):
+    home, ledger, recipe, _, candidate = stage
+    with ledger.write() as session:
+        row = session.get_one(EvaluationRow, verdict.evaluation_id)
+        row.verdict, row.report = "SHIP", {**row.report, "verdict": "SHIP", "reasons": []}
+    again = evaluate(home, ledger, recipe, candidate.model_id, "run-1")
+    assert (again.evaluation_id, again.verdict) == (verdict.evaluation_id, "HOLD")
+    assert signature_fault(again, home.signing_key()) == ""
+
+
+def test_each_evaluation_counts_as_one_look_at_its_files_whatever_they_are_called(stage, verdict, tmp_path):
+    home, ledger, recipe, _, candidate = stage
+    tree = recipe.model_dump(mode="json")
+    tree["evaluate"]["golden"] = str(shutil.copy(tree["evaluate"]["golden"], tmp_path / "renamed.jsonl"))
+    before = {look["name"]: look["times"] for look in verdict.report["looks"]}
+    looks = []
+    for threshold in (700, 701, 701):
+        tree["evaluate"]["gate"]["rules"]["judged_prompts"]["threshold"] = threshold
+        row = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, "run-1")
+        looks.append({look["name"]: look["times"] for look in row.report["looks"]})
+    assert looks[0].keys() == before.keys() == {"prompts", "golden"}
+    for name in before:
+        assert looks[0][name] > before[name]
+        assert looks[1][name] == looks[2][name] == looks[0][name] + 1
 
 
 def test_a_verdict_that_is_asked_for_again_becomes_the_newest(stage, verdict):

@@ -6,17 +6,25 @@ from pathlib import Path
 
 import pytest
 import ray
+import sqlalchemy as sa
 import torch
 from transformers import LlamaForCausalLM
 
 from app.config import parse_recipe
-from app.errors import RecipeError, ServiceError
+from app.errors import DataError, RecipeError, ServiceError
 from app.evaluation.judged import NULL_ANSWERS
-from app.ledger import EvaluationRow
-from app.models import Lineage, register_folder
+from app.evaluation.prompts import load_prompts
+from app.evaluation.suites import ANSWER_SCHEMA
+from app.ledger import EvaluationRow, ModelRow, SnapshotRow, now
+from app.models import Lineage, load_model, register_folder, render_prompt
+from app.schemas import JUDGEMENT_SCHEMA, Message
+from app.storage import JUDGEMENTS, REPORT_PAGE
 from ray_jobs.evaluate import evaluate
+from ray_jobs.ship import ship
 from tests.conftest import write_tiny_model
 from tests.evaluation.scripted_judge import scripted_judge
+
+STYLE = {"name": "s", "rules": [{"name": "a", "pattern": "[a-m]", "weight": 1}]}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def test_every_suite_runs_to_its_end_and_its_numbers_are_in_the_report(cluster, 
         *("arena_hard.all.score.candidate", "arena_hard.all.style_score.champion", "arena_hard.gain"),
         *("mt_bench.score.candidate", "mt_bench.gain", "mt_bench.win_rate"),
         *("alpaca.win_rate.candidate", "alpaca.length_controlled.champion", "alpaca.length_matched.candidate"),
-        *("refusal.safe.candidate", "refusal.judged_unsafe.champion", "refusal.safe.rise"),
+        *("refusal.safe.candidate", "refusal.judged_unsafe.champion", "refusal.safe.rise", "refusal.judged_safe.rise"),
     ):
         assert name in metrics, name
     assert metrics["null_model.polite"]["value"] == 0
@@ -143,6 +151,14 @@ def test_every_suite_runs_to_its_end_and_its_numbers_are_in_the_report(cluster, 
     artifact = home.artifact("evaluations", row.evaluation_id)
     markdown = artifact.filesystem.cat_file(f"{artifact.path}/report.md").decode()
     assert "| arena_hard.gain |" in markdown
+    page = artifact.filesystem.cat_file(f"{artifact.path}/{REPORT_PAGE}").decode()
+    compared = [a for a in judge.asked if "which of two answers" in a.system]
+    assert page.count("Both have letters.") >= len(compared) > 0
+    for words in (
+        *("arena_hard: candidate against base", "arena_hard: champion against base", "alpaca: candidate against"),
+        *("mt_bench: candidate against champion", "null_model: the constant `polite` against sft"),
+    ):
+        assert words in page
     assert "The judge: 100% of its verdicts read" in markdown
 
 
@@ -178,6 +194,183 @@ def test_a_judge_that_cannot_be_used_holds_and_is_never_a_tie_rate(cluster, stag
     if "only 0%" in words:
         assert row.report["measurements"]["over_champion"]["estimate"]["n"] == 0
         assert all(m["value"] is None for m in row.report["suites"]["win_rate"]["metrics"])
+        read = home.artifact("evaluations", row.evaluation_id).read_table(JUDGEMENT_SCHEMA, stem=JUDGEMENTS)
+        assert len(read) > 0
+        assert set(read["outcome"].to_pylist()) == {None}
+
+
+def test_sealed_prompts_are_opened_by_ship_alone_and_decide(cluster, stage, tmp_path):
+    home, ledger, recipe, candidate = stage
+    seen = rows(tmp_path / "seen.jsonl", [{"prompt": f"say {i} things about {'xyz' * i}"} for i in range(1, 17)])
+    sealed = rows(tmp_path / "sealed.jsonl", [{"prompt": f"tell me {i} times of {'abc' * i}"} for i in range(1, 10)])
+
+    def decisive(asked):
+        first, second = (asked.block(f"answer {side}") for side in "AB")
+        return f"[[{asked.nonce} {'A>B' if first > second else 'B>A'}]]"
+
+    def named(judge, fewest):
+        tree = recipe(judge).model_dump(mode="json")
+        tree["evaluate"]["prompts"] = seen
+        open_rules = dict.fromkeys(tree["evaluate"]["gate"]["rules"])
+        enough = {"metric": "prompts", "comparison": ">=", "threshold": fewest}
+        gate = {"rules": {**open_rules, "judged_prompts": enough}}
+        for suite in ("arena_hard", "mt_bench", "alpaca", "refusal", "null_model_prompts"):
+            tree["evaluate"][suite] = None
+        return parse_recipe({**tree, "evaluate": {**tree["evaluate"], "sealed": sealed, "gate": gate}}, place="test")
+
+    def newest():
+        with ledger.read() as session:
+            return session.scalars(sa.select(EvaluationRow).order_by(EvaluationRow.created_at.desc())).first()
+
+    with scripted_judge(decisive) as judge:
+        row = evaluate(home, ledger, named(judge, 10), candidate.model_id, None)
+        assert (row.verdict, row.report["looks"][0]["times"]) == ("SHIP", 1)
+        assert all(look["place"] != sealed for look in row.report["looks"])
+        # Ten judged prompts are asked for, and only nine are sealed.
+        held = ship(home, ledger, named(judge, 10), candidate.model_id, "ana")
+        assert (held.shipped, ledger.champion("default")) == (False, None)
+        assert "on the sealed prompts the gate says HOLD" in held.reason
+        assert (newest().report["prompts"], newest().verdict) == (sealed, "HOLD")
+        # Asked again, it is no other look, and the verdict stands.
+        assert ship(home, ledger, named(judge, 10), candidate.model_id, "ana").reason == held.reason
+        evaluate(home, ledger, named(judge, 6), candidate.model_id, None)
+        assert ship(home, ledger, named(judge, 6), candidate.model_id, "ana").shipped
+        assert ledger.champion("default").model_id == candidate.model_id
+        assert {"name": "prompts", "place": sealed, "times": 2} in newest().report["looks"]
+        # The champion would meet itself.
+        opened = newest().evaluation_id
+        assert ship(home, ledger, named(judge, 6), candidate.model_id, "ana").shipped
+        assert newest().evaluation_id == opened
+        with pytest.raises(DataError, match="9 of the 9 sealed prompts"):
+            both = named(judge, 6).model_dump(mode="json")
+            both["evaluate"]["prompts"] = sealed
+            evaluate(home, ledger, parse_recipe(both, place="test"), candidate.model_id, None)
+
+
+def test_golden_cases_may_be_judged_and_a_judge_of_the_pairs_does_not_gate(cluster, stage, tmp_path):
+    home, ledger, recipe, candidate = stage
+    cases = [{"id": f"g{i}", "prompt": f"say {i}", "judge": f"is {'right' if i else 'wrong'}"} for i in range(3)]
+
+    def tree(judge):
+        tree = recipe(judge).model_dump(mode="json")
+        return {**tree, "evaluate": {**tree["evaluate"], "golden": rows(tmp_path / "golden.jsonl", cases)}}
+
+    def strict(asked):
+        if "meets a requirement" in asked.system:
+            return f"[[{asked.nonce} {'met' if 'right' in asked.block('requirement') else 'not_met'}]]"
+        return reading(asked)
+
+    with ledger.write() as session:
+        fields = {"uri": "", "created_at": now()}
+        session.add(
+            SnapshotRow(snapshot_id="pairs", kind="pairs", manifest={"origin": {"judge": "acme/scripted"}}, **fields)
+        )
+        session.add(SnapshotRow(snapshot_id="training", kind="training", manifest={}, parent_id="pairs", **fields))
+        session.get_one(ModelRow, candidate.model_id).snapshot_id = "training"
+    with scripted_judge(strict) as judge:
+        row = evaluate(home, ledger, parse_recipe(tree(judge), place="test"), candidate.model_id, None)
+    golden = {result["id"]: result for result in row.report["measurements"]["golden"]}
+    assert not golden["g0"]["passed"]
+    for name in ("g1", "g2"):
+        assert golden[name]["passed"] or "cut by the token limit" in golden[name]["reason"]
+    assert any(result["passed"] for result in golden.values())
+    found = {r["name"]: r for r in row.report["rules"]}
+    assert not found["judge_independent"]["passed"]
+    assert "the judge `scripted` labelled pairs" in found["judge_independent"]["reason"]
+    without = tree(judge)
+    without["evaluate"] = {**without["evaluate"], "judge": None, "judge_rules": rows(tmp_path / "style.json", [STYLE])}
+    for suite in ("arena_hard", "mt_bench", "alpaca", "null_model_prompts"):
+        without["evaluate"][suite] = None
+    with pytest.raises(DataError, match="`g0`.*wants a judge"):
+        evaluate(home, ledger, parse_recipe(without, place="test"), candidate.model_id, None)
+
+
+def test_an_implicit_reward_judges_by_what_an_answer_gained_over_the_reference(cluster, stage, tmp_path):
+    home, ledger, recipe, candidate = stage
+    folders = {name: write_tiny_model(tmp_path / name, seed=seed) for name, seed in (("r", 7), ("b", 8))}
+    rows_of = {n: register_folder(home, ledger, f, name=n, lineage=Lineage(kind="full")) for n, f in folders.items()}
+    with scripted_judge(reading) as judge:
+        tree = recipe(judge).model_dump(mode="json")
+    for suite in ("judge", "arena_hard", "mt_bench", "alpaca", "null_model_prompts"):
+        tree["evaluate"][suite] = None
+    tree["evaluate"]["reward_judge"] = {"model": rows_of["r"].model_id, "reference": rows_of["b"].model_id}
+    row = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, None)
+    assert row.report["judge"].startswith("the implicit reward of `r-")
+    by_model = {
+        model: home.artifact("answers", names[0]).read_table(ANSWER_SCHEMA).to_pylist()
+        for model, names in row.report["answers"].items()
+    }
+    requests = {prompt.id: prompt.text for prompt in load_prompts(tree["evaluate"]["prompts"]).prompts}
+    loaded = [load_model(home, rows_of[name].model_id, dtype="float32") for name in ("r", "b")]
+
+    def reward(answer):
+        ids = [
+            torch.tensor([render_prompt(one.tokenizer, [Message("user", requests[answer["prompt_id"]])], None)])
+            for one in loaded
+        ]
+        said = torch.tensor([[*loaded[0].tokenizer.encode(answer["text"], add_special_tokens=False), 1]])
+        logps = []
+        for one, prompt in zip(loaded, ids, strict=True):
+            whole = torch.cat([prompt, said], dim=1)
+            with torch.no_grad():
+                rows = one.model(whole).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+            logps.append(float(rows.gather(1, said[0][:, None]).sum()))
+        return logps[0] - logps[1]
+
+    mine, other = (by_model[name] for name in (candidate.model_id, row.champion_id))
+    expected = [
+        reward(a) > reward(b)
+        for a, b in zip(mine, other, strict=True)
+        if all(x["finish_reason"] == "stop" and x["text"].strip() for x in (a, b)) and a["text"] != b["text"]
+    ]
+    over = row.report["measurements"]["over_champion"]
+    assert len(expected) > 3
+    assert (over["wins"], over["losses"]) == (sum(expected), len(expected) - sum(expected))
+    page = home.artifact("evaluations", row.evaluation_id)
+    assert "implicit reward" in page.filesystem.cat_file(f"{page.path}/{REPORT_PAGE}").decode()
+    found = {r["name"]: r for r in row.report["rules"]}
+    assert found["judge_independent"]["passed"]
+    tree["evaluate"]["reward_judge"]["model"] = candidate.model_id
+    own = evaluate(home, ledger, parse_recipe(tree, place="test"), candidate.model_id, None)
+    found = {r["name"]: r for r in own.report["rules"]}
+    assert (found["judge_independent"]["passed"], own.verdict) == (False, "HOLD")
+
+
+def test_answers_may_come_from_an_endpoint_that_serves_the_models_by_their_ids(cluster, stage, tmp_path, monkeypatch):
+    home, ledger, recipe, candidate = stage
+
+    def answering(asked):
+        return reading(asked) if asked.system else f"{asked.body['model'][:3]} says {asked.user}"
+
+    def named(judge, **suites):
+        tree = recipe(judge).model_dump(mode="json")
+        for suite in ("arena_hard", "alpaca", "refusal", "null_model_prompts"):
+            tree["evaluate"][suite] = None
+        endpoint = {"url": judge.url, "api_key_variable": None, "retries": 0, "concurrency": 1}
+        return parse_recipe(
+            {**tree, "evaluate": {**tree["evaluate"], "batch_size": 1, "endpoint": endpoint}}, place="test"
+        )
+
+    with scripted_judge(answering) as server:
+        # The third part fails: what was finished is kept and not asked for again.
+        server.statuses[:] = [200] * 5 + [500]
+        with pytest.raises(ServiceError, match=r"gave no answer of `new-.*` to question"):
+            evaluate(home, ledger, named(server), candidate.model_id, None)
+        before = [asked.user for asked in server.asked if not asked.system]
+        row = evaluate(home, ledger, named(server), candidate.model_id, None)
+        after = [asked.user for asked in server.asked if not asked.system][len(before) :]
+    assert not {user for user in before[:4] if before.count(user) == 1} & set(after[:8])
+    assert row.report["answered_by"] == f"the endpoint {server.url}"
+    (prompts, turns) = row.report["answers"][candidate.model_id]
+    said = home.artifact("answers", prompts).read_table(ANSWER_SCHEMA).to_pylist()
+    assert len(said) == 8
+    assert all(answer["text"].startswith("new says say") and answer["n_tokens"] == 10 for answer in said)
+    assert [a["turn"] for a in home.artifact("answers", turns).read_table(ANSWER_SCHEMA).to_pylist()] == [1, 2] * 3
+    # Everything is kept, so no key is needed.
+    monkeypatch.delenv("NO_KEY", raising=False)
+    keyless = named(server).model_dump(mode="json")
+    keyless["evaluate"]["endpoint"]["api_key_variable"] = "NO_KEY"
+    assert evaluate(home, ledger, parse_recipe(keyless, place="test"), candidate.model_id, None).verdict == row.verdict
 
 
 def test_a_judge_that_is_not_there_is_named_and_a_missing_one_is_a_fault_of_the_recipe(cluster, stage):
@@ -188,7 +381,7 @@ def test_a_judge_that_is_not_there_is_named_and_a_missing_one_is_a_fault_of_the_
             evaluate(home, ledger, recipe(judge), candidate.model_id, None)
     tree = recipe(judge).model_dump(mode="json")
     tree["evaluate"]["judge"] = None
-    with pytest.raises(RecipeError, match="give `judge` or `judge_rules`, neither is given"):
+    with pytest.raises(RecipeError, match="give `judge`, `judge_rules` or `reward_judge`, none is given"):
         parse_recipe(tree, place="test")
     tree["evaluate"]["judge_rules"] = "style.json"
     with pytest.raises(RecipeError, match="`null_model_prompts` needs a model that judges"):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from app.config import parse_recipe
 from app.errors import DataError, RecipeError, ServiceError, TrainingError, WorkersLost
-from app.ledger import RunRow
+from app.ledger import EvaluationRow, RunRow
 from app.preferences.imports import import_files
 from app.services import Services
 from ray_jobs import loop
@@ -197,3 +197,19 @@ def test_a_simulated_audience_never_talks_to_the_service_of_another_deployment(s
     with pytest.raises(ServiceError, match="serves deployment `default`, the recipe is for `demo`"):
         run_loop(asked, quiet())
     assert rounds(ledger) == ["stopped"]
+
+
+def test_a_hold_is_no_end_of_the_round_while_the_judge_owes_answers(monkeypatch):
+    row = EvaluationRow(
+        evaluation_id="e", verdict="HOLD", report={"unanswered": {"timeout": 2, "status 503": 1, "refused": 1}}
+    )
+    monkeypatch.setattr(loop, "evaluate", lambda *_: row)
+    trained = {"model": "m", "run": "r"}
+    with pytest.raises(ServiceError, match=r"the judge owes 3 answers \(2 timeout, 1 status 503\)"):
+        loop._judged(None, None, None, trained)
+    # What a judge refuses for good would be owed for ever.
+    for failures in ({}, {"refused": 4, "status 400": 1, "malformed": 1}):
+        row.report = {"unanswered": failures}
+        assert loop._judged(None, None, None, trained) == {"evaluation": "e", "verdict": "HOLD"}
+    row.verdict, row.report = "SHIP", {"unanswered": {"timeout": 2}}
+    assert loop._judged(None, None, None, trained)["verdict"] == "SHIP"

@@ -32,6 +32,7 @@ from app.services import ServeApi, Services
 from app.storage import Home
 from ray_jobs.ship import ShipResult, roll_back, ship
 from serving.deploy import main
+from tests.conftest import signed
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [{"role": "user", "content": "hi"}]
@@ -85,7 +86,7 @@ def variant(home, ledger, sft, name, change):
     return save_model(home, ledger, loaded.model, loaded.tokenizer, name=name, lineage=Lineage("merged", sft)).model_id
 
 
-def judge(ledger, model_id, verdict, *, digest=None):
+def judge(home, ledger, model_id, verdict, *, digest=None):
     champion = ledger.champion("default")
     with ledger.write() as session:
         row = EvaluationRow(
@@ -100,7 +101,7 @@ def judge(ledger, model_id, verdict, *, digest=None):
             run_id=None,
             created_at=now(),
         )
-        session.add(row)
+        session.add(signed(home, row))
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def test_a_full_queue_answers_429_and_nothing_fails(stage):
 @pytest.mark.parametrize("verdict", [None, "HOLD"])
 def test_without_a_verdict_nothing_is_shipped(stage, verdict):
     if verdict:
-        judge(stage.ledger, stage.models["good"], verdict)
+        judge(stage.home, stage.ledger, stage.models["good"], verdict)
     result = stage.ship(stage.models["good"])
     assert not result.shipped
     assert (verdict or "no evaluation") in result.reason
@@ -297,14 +298,14 @@ def test_without_a_verdict_nothing_is_shipped(stage, verdict):
 
 
 def test_a_verdict_on_other_weights_ships_nothing(stage):
-    judge(stage.ledger, stage.models["good"], "SHIP", digest="0" * 32)
+    judge(stage.home, stage.ledger, stage.models["good"], "SHIP", digest="0" * 32)
     result = stage.ship(stage.models["good"])
     assert not result.shipped
     assert "other weights" in result.reason
 
 
 def test_the_champion_changes_under_load_without_a_failed_or_cut_answer(stage):
-    judge(stage.ledger, stage.models["good"], "SHIP")
+    judge(stage.home, stage.ledger, stage.models["good"], "SHIP")
     client, done = stage.client(timeout=60), threading.Event()
     opened, answered, failures = threading.Barrier(3), [], []
 
@@ -372,7 +373,7 @@ def test_shipping_the_champion_again_changes_nothing(stage):
 
 
 def test_a_damaged_artifact_is_refused_before_anything_moves(stage):
-    judge(stage.ledger, stage.models["torn"], "SHIP")
+    judge(stage.home, stage.ledger, stage.models["torn"], "SHIP")
     weights = stage.home.local("models", stage.models["torn"], "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="differs from its manifest"):
@@ -382,7 +383,7 @@ def test_a_damaged_artifact_is_refused_before_anything_moves(stage):
 
 
 def test_a_model_that_the_replicas_cannot_serve_is_undone(stage):
-    judge(stage.ledger, stage.models["nan"], "SHIP")
+    judge(stage.home, stage.ledger, stage.models["nan"], "SHIP")
     with pytest.raises(ServiceError, match="no numbers"):
         stage.ship(stage.models["nan"])
     assert stage.champion() == (stage.models["good"], 4)
@@ -413,7 +414,7 @@ def test_no_replica_was_restarted_by_any_of_this(stage):
 
 
 def test_the_ship_job_prints_one_line_and_leaves_with_the_verdict(stage):
-    judge(stage.ledger, stage.models["next"], "SHIP")
+    judge(stage.home, stage.ledger, stage.models["next"], "SHIP")
     command = [sys.executable, "-m", "ray_jobs.ship", str(stage.recipe_path), "--model"]
     shipped = subprocess.run([*command, stage.models["next"]], cwd=ROOT, capture_output=True, text=True, check=False)
     held = subprocess.run([*command, "nobody-1"], cwd=ROOT, capture_output=True, text=True, check=False)
