@@ -298,6 +298,12 @@ class TrainSection(Section):
     reference: Literal["sharded", "adapter_off", "precomputed"] = Field(
         "precomputed", description="Where reference log-probabilities come from."
     )
+    sharding: Literal["none", "zero3"] = Field(
+        "none", description="Whether each worker holds all weights, or a slice of them (DeepSpeed ZeRO-3)."
+    )
+    offload: tuple[Literal["optimizer", "reference"], ...] = Field(
+        (), description="What lies in the memory of the CPU while a GPU trains; with `zero3`."
+    )
     learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate of AdamW; null: the usual one of such a run."
     )
@@ -358,6 +364,20 @@ class TrainSection(Section):
             raise ValueError(msg)
         if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
             msg = f"`min_steps` = {self.min_steps} is more than `max_steps` = {self.max_steps}"
+            raise ValueError(msg)
+        if self.sharding == "zero3" and self.adapter == "lora" and self.lora.variant == "dora":
+            # Its layers read the weight of the base outside of the base's own forward, where it is a slice (peft, dora.py).
+            msg = "`lora.variant: dora` cannot be trained with `sharding: zero3`: use `lora` or `rslora`, or `sharding: none`"
+            raise ValueError(msg)
+        if self.sharding == "zero3" and self.canary_every is not None:
+            # Workers whose answers end at different tokens would wait for one another.
+            msg = "`canary_every` cannot be had with `sharding: zero3`: remove it"
+            raise ValueError(msg)
+        if self.offload and self.sharding != "zero3":
+            msg = "`offload` has no effect without `sharding: zero3`: remove it"
+            raise ValueError(msg)
+        if "reference" in self.offload and self.reference != "sharded":
+            msg = f"`offload: [reference]` has no effect with `reference: {self.reference}`: remove it"
             raise ValueError(msg)
         return self
 

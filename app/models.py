@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -50,7 +50,7 @@ _PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"
 # Keys by which a config can make transformers import or run something of the folder's choosing.
 _FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_attn_implementation_internal"})
 _SHAPES = "128"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,14 @@ def bound_shape_caches() -> None:
         os.environ.setdefault(variable, _SHAPES)
 
 
-def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    home: Home,
+    model_id: str,
+    *,
+    dtype: str,
+    device: torch.device | None = None,
+    read: Callable[[Path, torch.dtype], PreTrainedModel] | None = None,
+) -> LoadedModel:
     """Verify an artifact and load it for evaluation (`eval` mode, no gradients).
 
     Args:
@@ -214,6 +221,7 @@ def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | 
         model_id: id of the artifact.
         dtype: `float32` or `bfloat16`.
         device: where it is put; the CPU where nothing is said.
+        read: what brings the weights of the checked folder into memory, where they do not lie as a whole.
 
     Raises:
         DataError: the artifact is missing or differs from its manifest.
@@ -225,7 +233,11 @@ def load_model(home: Home, model_id: str, *, dtype: str, device: torch.device | 
     manifest = artifact.verify()
     with artifact.local_copy() as folder:
         check_folder(folder, place=artifact.uri)
-        model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
+        if read is None:
+            model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = read(folder, DTYPES[dtype])
     model.train(mode=False)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
@@ -347,7 +359,7 @@ def _load(folder: Path, *, dtype: str, place: str) -> tuple[PreTrainedModel, Pre
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_DTYPES[dtype],
+            dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

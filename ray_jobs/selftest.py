@@ -37,7 +37,8 @@ from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
-from app.training.loop import SingleWorker, StepReport, make_optimizer, optimise
+from app.training.engine import Replicated, SingleWorker
+from app.training.loop import StepReport, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, frozen, precomputed, trainable
 from app.training.proofs import check_packing
@@ -98,7 +99,8 @@ def selftest(sft: str, *, say: Callable[[str], None]) -> dict[str, Any]:
             for dtype in ("float32", "bfloat16")
         ]
         checks.append(_check("a run that continues = an unbroken one", partial(resume, bench), say))
-        checks.append(_check("the train job = one process", partial(job, bench), say))
+        checks.append(_check("the train job = one process", partial(job, bench, "none"), say))
+        checks.append(_check("the train job in slices (ZeRO-3) = one process", partial(job, bench, "zero3"), say))
         checks.append(_check("pairs a second against TRL", partial(speed, bench), say))
         ledger.close()
     return {"machine": _machine(), "checks": [dataclasses.asdict(check) for check in checks]}
@@ -134,8 +136,7 @@ def packing(bench: Bench, backend: Backend, dtype: str) -> str:
         msg = "flash attention computes in half precision"
         raise NotRun(msg)
     section = _section(dtype, backend)
-    policy = build_policy(bench.load("float32"), section).to(bench.device)
-    apart = check_packing(policy, bench.groups[:4], section=section)
+    apart = check_packing(_engine(bench, section), bench.groups[:4], section=section, workers=SingleWorker())
     return f"scores {apart:.1e} nat apart for the root of a token, gradients within the tolerance of the train job"
 
 
@@ -143,19 +144,17 @@ def resume(bench: Bench) -> str:
     """Train to the end at once, and with a checkpoint between, and compare the weights."""
     section = _section("float32", "sdpa")
     steps = list(step_groups(_scored(bench), _STEP_PAIRS))
-    whole = _policy(bench, section)
-    _optimise(whole, section, steps, len(steps), done=0, optimizer=make_optimizer(whole, _LEARNING_RATE))
+    whole = _engine(bench, section)
+    _optimise(whole, section, steps, len(steps), done=0)
     half = len(steps) // 2
     identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest")
-    first = _policy(bench, section)
-    optimizer = make_optimizer(first, _LEARNING_RATE)
-    _optimise(first, section, steps[:half], len(steps), done=0, optimizer=optimizer)
-    save_checkpoint(bench.home, identity, first, optimizer, step=half, reports=())
-    second = _policy(bench, section)
-    optimizer = make_optimizer(second, _LEARNING_RATE)
-    done = load_newest(bench.home, identity, second, optimizer).step
-    _optimise(second, section, steps[done:], len(steps), done=done, optimizer=optimizer)
-    ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m).values()]) for m in (second, whole))
+    first = _engine(bench, section)
+    _optimise(first, section, steps[:half], len(steps), done=0)
+    save_checkpoint(bench.home, identity, first, SingleWorker(), step=half, reports=())
+    second = _engine(bench, section)
+    done = load_newest(bench.home, identity, second, SingleWorker()).step
+    _optimise(second, section, steps[done:], len(steps), done=done)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m.policy).values()]) for m in (second, whole))
     apart = float((ours - theirs).norm() / theirs.norm())
     # Kernels of a GPU may add up in another order each time.
     allowed = 0.0 if bench.device.type == "cpu" else 1e-5
@@ -165,8 +164,11 @@ def resume(bench: Bench) -> str:
     return f"weights after {len(steps)} steps differ by {apart:.1e} of their norm"
 
 
-def job(bench: Bench) -> str:
-    """Run the train job on Ray, with a worker for each of two GPUs (or CPUs), and compare its losses with one process."""
+def job(bench: Bench, sharding: Literal["none", "zero3"]) -> str:
+    """Run the train job on Ray, with a worker for each of two GPUs (or CPUs), and compare its losses with one process.
+
+    In slices the reference is a second sliced model; both give the same numbers.
+    """
     gpus = torch.cuda.device_count()
     workers = min(2, gpus) if gpus else 2
     section = _section("float32", "sdpa")
@@ -178,18 +180,17 @@ def job(bench: Bench) -> str:
     snapshot = write_training_snapshot(
         bench.home, bench.ledger, scored, binding=binding, counts={}, rows_per_file=len(scored)
     )
-    recipe = _recipe(bench, section, workers=workers, use_gpu=bool(gpus))
+    sliced = {"sharding": "zero3", "reference": "sharded"} if sharding == "zero3" else {}
+    recipe = _recipe(bench, section.model_copy(update=sliced), workers=workers, use_gpu=bool(gpus))
     with ray_cluster(bench.home):
-        result = train(bench.home, bench.ledger, recipe, snapshot.snapshot_id, run_id="selftest")
+        result = train(bench.home, bench.ledger, recipe, snapshot.snapshot_id, run_id=f"selftest-{sharding}")
         backend = "NCCL" if gpus else "gloo"
     with bench.ledger.read() as session:
         rows = session.scalars(
             sa.select(RunStepRow).where(RunStepRow.run_id == result.run_id).order_by(RunStepRow.step)
         ).all()
     # One step holds all groups, so the order in which the job reads them is of no matter.
-    policy = _policy(bench, section)
-    steps = [scored] * len(rows)
-    expected = _optimise(policy, section, steps, len(rows), done=0, optimizer=make_optimizer(policy, _LEARNING_RATE))
+    expected = _optimise(_engine(bench, section), section, [scored] * len(rows), len(rows), done=0)
     apart = max(
         abs(row.metrics["loss"] - report.loss) / report.loss
         for row, report in zip(rows, expected, strict=True)
@@ -273,27 +274,27 @@ def _scored(bench: Bench) -> list[Group]:
     return with_reference_logps(bench.groups, lambda batch: reference(batch.to(bench.device)), token_budget=512)
 
 
-def _policy(bench: Bench, section: TrainSection) -> ScoringModel:
-    return build_policy(bench.load("float32"), section).to(bench.device)
+def _engine(bench: Bench, section: TrainSection) -> Replicated:
+    policy = build_policy(bench.load("float32"), section).to(bench.device)
+    return Replicated(policy, learning_rate=_LEARNING_RATE, max_grad_norm=section.max_grad_norm, workers=SingleWorker())
 
 
 def _optimise(
-    policy: ScoringModel,
+    engine: Replicated,
     section: TrainSection,
     steps: Sequence[Sequence[Group]],
     total: int,
     *,
     done: int,
-    optimizer: torch.optim.Optimizer,
 ) -> list[StepReport]:
     return list(
         optimise(
-            policy,
+            engine,
             steps,
             objective=load_objective(section.objective, section.options),
             reference=precomputed,
-            optimizer=optimizer,
             section=section,
+            learning_rate=_LEARNING_RATE,
             total_steps=total,
             done_steps=done,
             workers=SingleWorker(),

@@ -54,6 +54,7 @@ from ray_jobs.worker import (
     TrainTask,
     epoch_dataset,
     held_out_measures,
+    reference_memory,
     summary,
     train_worker,
 )
@@ -80,6 +81,8 @@ class TrainResult:
     learning: Learning | Likelihood | None
     metrics: dict[str, float]
     """Of what was held out, by the names of the ledger."""
+    reference_memory: dict[str, int]
+    """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
 
 
 class StepRecorder(UserCallback):
@@ -352,6 +355,9 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     }
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
+    memory = reference_memory(home, run_id)
+    if memory:
+        metrics["reference_memory"] = memory
     export = home.artifact(f"runs/{run_id}", EXPORT)
     with export.local_copy() as folder:
         lineage = Lineage(
@@ -365,7 +371,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     export.filesystem.rm(export.path, recursive=True)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
-    return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures))
+    return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory)
 
 
 def _judge(measures: Measures, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:
@@ -429,7 +435,9 @@ def _recipe_digest(recipe: Recipe) -> str:
 
 def _recipe_digest_of(tree: dict[str, Any]) -> str:
     # What the numbers of a run depend on; a run may move to other machines or be evaluated otherwise.
-    return content_hash({key: tree[key] for key in ("model", "prepare", "train")})
+    kept = {key: tree[key] for key in ("model", "prepare", "train")}
+    kept["train"] = {key: value for key, value in kept["train"].items() if key not in ("sharding", "offload")}
+    return content_hash(kept)
 
 
 def _cause(error: TrainingFailedError) -> str:
@@ -474,6 +482,13 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         console.print(f"run [bold]{run_id}[/bold]; interrupted, it continues with --run {run_id}", highlight=False)
         result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
     print_learning(console, result.learning)
+    if memory := result.reference_memory:
+        mb = {name: count / 1e6 for name, count in memory.items()}
+        console.print(
+            f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers "
+            f"and {mb['peak']:.4g} MB while it computes (largest layer {mb['largest']:.4g} MB), no optimizer",
+            highlight=False,
+        )
     console.print(
         f"run {result.run_id}: {result.steps} steps, learning rate up to {result.learning_rate:.3g}, model [bold]{result.model.model_id}[/bold]",
         highlight=False,

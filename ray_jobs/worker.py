@@ -7,10 +7,12 @@ function lives in a module of its own because a train function of `__main__` doe
 
 import itertools
 import json
+import os
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -19,24 +21,25 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from app.config import TrainSection
-from app.errors import DataError
+from app.errors import DataError, ModelError
 from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
-from app.models import LoadedModel, device_of, load_model
+from app.models import DTYPES, LoadedModel, device_of, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
 from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
-from app.training.loop import Row, SingleWorker, Workers, make_optimizer, optimise
+from app.training.loop import optimise
 from app.training.objectives import Objective, load_objective
-from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, precomputed
+from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
-from app.training.scoring import ScoringModel, generating, own_attention
+from app.training.scoring import ScoringModel, generating, head_calls, own_attention
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
 from app.training.tokenization import Group
 
@@ -84,9 +87,10 @@ class _Common(TypedDict):
 class DistributedWorkers:
     """The ranks of a torch process group."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, *, sharded: bool) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.device, self.sharded = device, sharded
 
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks, in place."""
@@ -98,27 +102,38 @@ class DistributedWorkers:
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
+    def rounds(self, batches: int) -> int:
+        """Return how many forwards this rank makes: its own, or as many as the busiest where each is a collective."""
+        if not self.sharded:
+            return batches
+        most = torch.tensor([batches], device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0."""
     task: TrainTask = settings["task"]
     torch.set_num_threads(task.threads)
     device = device_of(ray.get_gpu_ids())
-    workers: Workers = DistributedWorkers() if dist.is_initialized() and dist.get_world_size() > 1 else SingleWorker()
     home, section = task.home(), task.section
-    start = load_model(home, task.start_model_id, dtype=_dtype(section))
+    sharded = section.sharding == "zero3"
+    several = sharded or (dist.is_initialized() and dist.get_world_size() > 1)
+    workers: Workers = DistributedWorkers(device, sharded=sharded) if several else SingleWorker()
+    sharding = _Sliced(task, device, workers) if sharded else _Whole(task, device, workers)
+    start = sharding.load(task.start_model_id, _dtype(section))
     objective = load_objective(section.objective, section.options)
-    policy = build_policy(start, section, agreement="agreement" in objective.needs).to(device)
-    reference = _reference(task, policy, device) if objective.has_reference else precomputed
-    optimizer = make_optimizer(policy, task.learning_rate, weight_decay=section.weight_decay)
+    policy = sharding.policy(start, agreement="agreement" in objective.needs)
+    engine = sharding.engine(policy)
+    reference = _reference(task, sharding, policy) if objective.has_reference else precomputed
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
     shown = held_out or _first_groups(task)
-    resumed = load_newest(home, task.identity, policy, optimizer)
+    resumed = load_newest(home, task.identity, engine, workers)
     if not resumed.step:
         few = _few(shown, section.micro_batch_tokens)
-        check_packing(policy, few, section=section)
+        check_packing(engine, few, section=section, workers=workers)
         if task.reference_model_id == task.start_model_id and objective.has_reference:
             check_step_zero(policy, few, reference=reference, section=section)
     for note in resumed.skipped:
@@ -130,16 +145,17 @@ def train_worker(settings: dict[str, Any]) -> None:
     unheard = deque(resumed.reports, maxlen=_UNHEARD)
     steps = _shared_steps(task, workers, skip=resumed.step)
     for report in optimise(
-        policy,
+        engine,
         steps,
         objective=objective,
         reference=reference,
-        optimizer=optimizer,
         section=section,
+        learning_rate=task.learning_rate,
         total_steps=task.total_steps,
         done_steps=resumed.step,
         workers=workers,
     ):
+        sharding.look_away()
         metrics = asdict(report)
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
@@ -148,21 +164,156 @@ def train_worker(settings: dict[str, Any]) -> None:
             metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
         if report.step % section.checkpoint_every == 0 or last:
-            if workers.rank == 0:
-                save_checkpoint(home, task.identity, policy, optimizer, step=report.step, reports=tuple(unheard))
-            _barrier(workers)
+            save_checkpoint(home, task.identity, engine, workers, step=report.step, reports=tuple(unheard))
         ray.train.report(metrics)
 
-    model, measures = measure_exported(policy, held_out, **common)
+    exported, measures = measure_exported(policy, held_out, merge=sharding.merge, **common)
     from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
     if objective.unit == "good" or (objective.unit == "pairs" and not from_zero):
-        start = load_model(home, task.start_model_id, dtype=_dtype(section), device=device)
-        untrained = ScoringModel(start.model, agreement=policy.agreement, backend=section.attention)
-        before = measure(untrained, held_out, **common)
-        measures = with_start(measures, before)
-    if workers.rank == 0:
-        _export(task, model, start.tokenizer, measures)
+        untrained = sharding.frozen(task.start_model_id, _dtype(section), agreement=policy.agreement)
+        measures = with_start(measures, measure(untrained, held_out, **common))
+    _export(task, sharding, exported, start.tokenizer, measures, workers, memory=sharding.memory())
     _barrier(workers)
+
+
+class _Whole:
+    """Every worker holds whole models."""
+
+    def __init__(self, task: TrainTask, device: torch.device, workers: Workers) -> None:
+        self.task, self.device, self.workers = task, device, workers
+
+    def load(self, model_id: str, dtype: str) -> LoadedModel:
+        """Load a model that is to be trained."""
+        return load_model(self.task.home(), model_id, dtype=dtype)
+
+    def policy(self, start: LoadedModel, *, agreement: bool) -> ScoringModel:
+        """Make the policy of it."""
+        return build_policy(start, self.task.section, agreement=agreement).to(self.device)
+
+    def engine(self, policy: ScoringModel) -> Engine:
+        """Return what trains it."""
+        section = self.task.section
+        return Replicated(
+            policy,
+            learning_rate=self.task.learning_rate,
+            max_grad_norm=section.max_grad_norm,
+            weight_decay=section.weight_decay,
+            workers=self.workers,
+        )
+
+    def frozen(self, model_id: str, dtype: str, *, agreement: bool = False) -> ScoringModel:
+        """Load a model that only scores."""
+        loaded = load_model(self.task.home(), model_id, dtype=dtype, device=self.device)
+        return ScoringModel(loaded.model, agreement=agreement, backend=self.task.section.attention)
+
+    def watch(self, reference: ScoringModel) -> None:
+        """Measure what a reference takes, where it lies in slices."""
+
+    def look_away(self) -> None:
+        """Stop to measure what a reference takes: the steps are alike."""
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of a reference in slices: `total`, the most that a worker held and at its peak, `largest` layer."""
+        return {}
+
+    merge = staticmethod(merged)
+
+    def save(self, exported: ScoringModel, folder: Path | None) -> None:
+        """Write the plain model to a folder, on the first worker."""
+        if folder is None:
+            return
+        model: Any = exported.model
+        model.set_attn_implementation(own_attention(model))
+        model.config.use_cache = True
+        model.save_pretrained(folder)
+
+
+class _Sliced(_Whole):
+    """Every worker holds slices (`app.training.zero`)."""
+
+    def __init__(self, task: TrainTask, device: torch.device, workers: Workers) -> None:
+        super().__init__(task, device, workers)
+        # It looks for GPUs when it is imported, and a GPU that is only visible belongs to somebody else.
+        os.environ["DS_ACCELERATOR"] = device.type
+        # DeepSpeed takes seconds to import, and only this needs it.
+        from app.training import zero
+
+        self._zero = zero
+        zero.join(device)
+        self._calls = head_calls(task.section.micro_batch_tokens)
+        self._dtype = DTYPES[_dtype(task.section)]
+        self.merge = partial(zero.merge_in_slices, dtype=self._dtype)
+        self._held: Any = None
+
+    def load(self, model_id: str, dtype: str) -> LoadedModel:
+        """Load a model that is to be trained, slice by slice."""
+        # DeepSpeed wants one type for all that it trains; autocast computes in the recipe's all the same.
+        read = partial(self._zero.load_in_slices, rounded=DTYPES[dtype])
+        return load_model(self.task.home(), model_id, dtype="float32", read=read)
+
+    def policy(self, start: LoadedModel, *, agreement: bool) -> ScoringModel:
+        """Make the policy of it; raises ModelError where forwards would not be the same row of collectives on every worker."""
+        policy = build_policy(start, self.task.section, agreement=agreement, head_calls=self._calls)
+        self._require_packed(policy, start.model_id)
+        return policy
+
+    def _require_packed(self, model: ScoringModel, model_id: str) -> None:
+        if model.plain_because is not None:
+            msg = f"`{model_id}` cannot be sharded: {model.plain_because}, so a forward is as many as a batch has answers\n\nHint: set train.sharding to `none`."
+            raise ModelError(msg)
+
+    def engine(self, policy: ScoringModel) -> Engine:
+        """Return what trains it."""
+        section = self.task.section
+        return self._zero.Zero3(
+            policy,
+            learning_rate=self.task.learning_rate,
+            max_grad_norm=section.max_grad_norm,
+            weight_decay=section.weight_decay,
+            workers=self.workers,
+            offload="optimizer" in section.offload,
+        )
+
+    def frozen(self, model_id: str, dtype: str, *, agreement: bool = False) -> ScoringModel:
+        """Load a model that only scores, slice by slice."""
+        section = self.task.section
+        on_cpu = "reference" in section.offload
+        read = partial(self._zero.load_in_slices, on_cpu=on_cpu)
+        loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read)
+        model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention, head_calls=self._calls)
+        self._require_packed(model, model_id)
+        return self._zero.frozen_in_slices(model, on_cpu=on_cpu)
+
+    def watch(self, reference: ScoringModel) -> None:
+        """Measure what a reference takes."""
+        self._held = self._zero.Held(reference)
+
+    def look_away(self) -> None:
+        """Stop to measure what a reference takes: the steps are alike."""
+        if self._held is not None:
+            self._held.close()
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of a reference in slices: `total`, the most that a worker held and at its peak, `largest` layer."""
+        if self._held is None:
+            return {}
+        held = self._held
+        rows = self.workers.gather([(held.slices, held.peak)])
+        return {
+            "total": held.total,
+            "held": max(slices for slices, _ in rows),
+            "peak": max(peak for _, peak in rows),
+            "largest": held.largest,
+            "workers": self.workers.size,
+        }
+
+    def save(self, exported: ScoringModel, folder: Path | None) -> None:
+        """Write the plain model to a folder, on the first worker, a tensor at a time."""
+        model: Any = exported.model
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal.set_attn_implementation(own_attention(causal))
+        causal.config.use_cache = True
+        self._zero.save_in_slices(exported, folder, dtype=self._dtype)
 
 
 def _dtype(section: TrainSection) -> str:
@@ -193,13 +344,14 @@ def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group],
     }
 
 
-def _reference(task: TrainTask, policy: ScoringModel, device: torch.device) -> Reference:
+def _reference(task: TrainTask, sharding: _Whole, policy: ScoringModel) -> Reference:
     if task.section.reference == "precomputed":
         return precomputed
     if task.section.reference == "adapter_off":
         return adapter_off(policy, task.section.dtype)
-    model = load_model(task.home(), task.reference_model_id, dtype=task.section.dtype, device=device)
-    return frozen(ScoringModel(model.model, backend=task.section.attention), task.section.dtype)
+    reference = sharding.frozen(task.reference_model_id, task.section.dtype)
+    sharding.watch(reference)
+    return frozen(reference, task.section.dtype)
 
 
 def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:
@@ -269,7 +421,20 @@ def _first_groups(task: TrainTask) -> list[Group]:
     return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
 
 
-def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: Measures) -> None:
+def _export(
+    task: TrainTask,
+    sharding: _Whole,
+    exported: ScoringModel,
+    tokenizer: Any,
+    measures: Measures,
+    workers: Workers,
+    *,
+    memory: dict[str, int],
+) -> None:
+    """Write the model and what it measured; every worker calls it, the first one writes."""
+    if workers.rank:
+        sharding.save(exported, None)
+        return
     home = task.home()
     artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
     filesystem = artifact.filesystem
@@ -277,15 +442,17 @@ def _export(task: TrainTask, model: PreTrainedModel, tokenizer: Any, measures: M
         filesystem.rm(artifact.path, recursive=True)
     filesystem.makedirs(artifact.path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prefloop-export-") as scratch:
-        model.set_attn_implementation(own_attention(model))
-        model.config.use_cache = True
-        model.save_pretrained(scratch)
+        sharding.save(exported, Path(scratch))
         tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).rglob("*")):
             if path.is_file():
                 filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
     artifact.write_manifest({"run_id": task.identity.run_id})
-    result = {"pairs": [asdict(m) for m in measures.pairs], "answers": [asdict(m) for m in measures.answers]}
+    result = {
+        "pairs": [asdict(m) for m in measures.pairs],
+        "answers": [asdict(m) for m in measures.answers],
+        "reference_memory": memory,
+    }
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
@@ -307,6 +474,13 @@ def held_out_measures(home: Home, run_id: str) -> Measures | None:
     except (ValueError, TypeError, KeyError) as error:
         msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which the gate's rule `reward_accuracy` holds."
         raise DataError(msg) from None
+
+
+def reference_memory(home: Home, run_id: str) -> dict[str, int]:
+    """Return the bytes that a reference in slices took in a finished run; nothing where it had none."""
+    run = home.artifact("runs", run_id)
+    found: dict[str, int] = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}")).get("reference_memory", {})
+    return found
 
 
 def summary(measures: Measures) -> dict[str, float]:

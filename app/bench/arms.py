@@ -21,7 +21,8 @@ from app.config import TrainSection
 from app.models import load_model
 from app.storage import Home
 from app.training.batch import micro_batches, step_groups
-from app.training.loop import SingleWorker, make_optimizer, optimise
+from app.training.engine import Replicated, SingleWorker
+from app.training.loop import optimise
 from app.training.objectives import load_objective
 from app.training.policy import Reference, adapter_off, build_policy, frozen, precomputed
 from app.training.scoring import ScoringModel, with_reference_logps
@@ -120,15 +121,17 @@ def run_ours(work: Work, arm: Arm) -> Measured:
     steps = list(step_groups(groups, work.batch_pairs))
     seconds, losses, logps = [], [], []
     last = time.perf_counter()
+    workers = SingleWorker()
+    engine = Replicated(policy, learning_rate=work.learning_rate, max_grad_norm=section.max_grad_norm, workers=workers)
     for report in optimise(
-        policy,
+        engine,
         steps,
         objective=load_objective(section.objective, section.options),
         reference=reference,
-        optimizer=make_optimizer(policy, work.learning_rate),
         section=section,
+        learning_rate=work.learning_rate,
         total_steps=len(steps),
-        workers=SingleWorker(),
+        workers=workers,
     ):
         seconds.append(time.perf_counter() - last)
         last += seconds[-1]

@@ -21,7 +21,8 @@ from app.bench.rival import pinned_trainer
 from app.bench.work import Work
 from app.models import load_model
 from app.storage import Home
-from app.training.loop import SingleWorker, optimise
+from app.training.engine import Replicated, SingleWorker
+from app.training.loop import optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, frozen, precomputed, trainable
 from app.training.scoring import ScoringModel, with_reference_logps
@@ -81,15 +82,17 @@ def _our_gradient(work: Work) -> tuple[float, Tensor]:
     policy = build_policy(load_model(home, work.model_id, dtype="float32", device=device), section).to(device)
     parameters = trainable(policy)
     _move(parameters)
+    workers = SingleWorker()
+    still = torch.optim.SGD(parameters.values(), lr=0.0)
     (report,) = optimise(
-        policy,
+        Replicated(policy, learning_rate=0.0, max_grad_norm=section.max_grad_norm, workers=workers, optimizer=still),
         [groups],
         objective=load_objective(section.objective, section.options),
         reference=precomputed,
-        optimizer=torch.optim.SGD(parameters.values(), lr=0.0),
         section=section,
+        learning_rate=0.0,
         total_steps=1,
-        workers=SingleWorker(),
+        workers=workers,
     )
     assert report.loss is not None  # noqa: S101  a step that is not finite has no parity
     return report.loss, _flat({name: p.grad for name, p in parameters.items() if p.grad is not None})

@@ -175,6 +175,17 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatc
     return [PackedBatch.pack(members) for members in token_bins(groups, token_budget)]
 
 
+def filler(groups: Sequence[Group]) -> PackedBatch:
+    """Pack the smallest group, for a rank that has nothing left where the others make another forward.
+
+    Nothing of it counts; a reference that another rank has scored is taken for 0.
+    """
+    batch = PackedBatch.pack([min(groups, key=lambda group: (group.num_tokens, group.group_id))])
+    if batch.reference_logps is not None:
+        return batch
+    return replace(batch, reference_logps=torch.zeros(batch.num_responses, dtype=torch.float64))
+
+
 def cut_steps(items: Iterable[Item], num_pairs: Callable[[Item], int], batch_pairs: int) -> Iterator[list[Item]]:
     """Cut a stream into optimizer steps of at least `batch_pairs` pairs (or labels); the last may have fewer.
 

@@ -5,17 +5,17 @@ what was learned or whether it is enough.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
 
 from app.config import TrainSection
-from app.training.batch import micro_batches, rank_share
-from app.training.loop import Totals, Workers, score_losses
+from app.training.batch import filler, micro_batches, rank_share
+from app.training.engine import Workers
+from app.training.loop import Totals, score_losses
 from app.training.objectives import Objective
-from app.training.policy import Reference, merged_model, precomputed
+from app.training.policy import Reference, merged, precomputed
 from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.tokenization import Group
 
@@ -86,11 +86,14 @@ def measure(
     answers: list[AnswerMeasure] = []
     totals = Totals.of(groups, objective.unit)
     kl = torch.zeros((), device=device)
-    share = rank_share(groups, rank=workers.rank, world_size=workers.size)
+    batches = micro_batches(rank_share(groups, rank=workers.rank, world_size=workers.size), section.micro_batch_tokens)
+    idle = workers.rounds(len(batches)) - len(batches)
     with torch.no_grad():
-        for batch in micro_batches(share, section.micro_batch_tokens):
+        for number, batch in enumerate([*batches, *(filler(groups) for _ in range(idle))]):
             batch = batch.to(device)
             result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+            if number >= len(batches):
+                continue
             rewards, losses = result.rewards, result.losses.tolist()
             if objective.unit != "good":
                 pairs += map(
@@ -143,7 +146,8 @@ def measure_exported(
     reference: Reference,
     section: TrainSection,
     workers: Workers,
-) -> tuple[PreTrainedModel, Measures]:
+    merge: Callable[[ScoringModel], ScoringModel] = merged,
+) -> tuple[ScoringModel, Measures]:
     """Merge the adapters, and score held-out groups with the very weights that leave the run.
 
     Merging rounds to the type of the base, so the policy before it is a model that nobody will serve. (Weights of full
@@ -151,7 +155,7 @@ def measure_exported(
     may be the reference, so that is asked before the merge. The policy is of no use afterwards.
 
     Returns:
-        the plain model and its measures as `measure` returns them.
+        what leaves the run, and its measures as `measure` returns them.
     """
     if objective.has_reference:
         device = next(policy.parameters()).device
@@ -161,16 +165,11 @@ def measure_exported(
             rank_share(groups, rank=workers.rank, world_size=workers.size),
             lambda batch: reference(batch.to(device)),
             token_budget=section.micro_batch_tokens,
+            rounds=workers.rounds,
+            idle=groups,
         )
         scored = {group.group_id: group for group in mine}
         groups = [scored.get(group.group_id, group) for group in groups]
-    model = merged_model(policy)
-    measured = measure(
-        ScoringModel(model, agreement=policy.agreement, backend=policy.backend),
-        groups,
-        objective=objective,
-        reference=precomputed,
-        section=section,
-        workers=workers,
-    )
-    return model, measured
+    exported = merge(policy)
+    measured = measure(exported, groups, objective=objective, reference=precomputed, section=section, workers=workers)
+    return exported, measured

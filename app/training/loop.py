@@ -12,51 +12,23 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.config import TrainSection
 from app.errors import TrainingError
-from app.training.batch import PackedBatch, micro_batches, rank_share
+from app.training.batch import PackedBatch, filler, micro_batches, rank_share
+from app.training.engine import Engine, Workers
 from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
-from app.training.policy import Reference, autocast, trainable
+from app.training.policy import Reference, autocast
 from app.training.proofs import NOISE_TOLERANCE
 from app.training.scoring import ScoringModel
 from app.training.tokenization import Group
 
-Row = TypeVar("Row")
-
 _MAX_FAILURES = 3
-
-
-class Workers(Protocol):
-    """The ranks that train together."""
-
-    rank: int
-    size: int
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Add a tensor up over all ranks, in place."""
-
-    def gather(self, rows: list[Row]) -> list[Row]:
-        """Return the rows of all ranks."""
-
-
-class SingleWorker:
-    """One process."""
-
-    rank = 0
-    size = 1
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Nothing to add."""
-
-    def gather(self, rows: list[Row]) -> list[Row]:
-        """The rows are all there."""
-        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +76,14 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_ratio: float, sc
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
 
 
-def make_optimizer(policy: ScoringModel, learning_rate: float, *, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that train, with this peak learning rate; only matrices decay, as everywhere."""
-    parameters = list(trainable(policy).values())
-    groups = ([p for p in parameters if p.ndim > 1], weight_decay), ([p for p in parameters if p.ndim <= 1], 0.0)
-    return torch.optim.AdamW(
-        [{"params": members, "weight_decay": decay} for members, decay in groups if members],
-        lr=learning_rate,
-        betas=(0.9, 0.999),
-        fused=True,  # one pass over weights and moments instead of ten
-    )
-
-
 def optimise(
-    policy: ScoringModel,
+    engine: Engine,
     steps: Iterable[Sequence[Group]],
     *,
     objective: Objective,
     reference: Reference,
-    optimizer: torch.optim.Optimizer,
     section: TrainSection,
+    learning_rate: float,
     total_steps: int,
     done_steps: int = 0,
     workers: Workers,
@@ -131,12 +91,12 @@ def optimise(
     """Train, one report for each step.
 
     Args:
-        policy: what is trained.
+        engine: the policy, and what makes a step of gradients.
         steps: the groups of each remaining step, the same on every rank.
         objective: losses of pairs or of judged answers.
         reference: asked where the objective has one.
-        optimizer: over the parameters of `policy` that train; the learning rate it was made with is the peak.
-        section: schedule, clipping, token budget, dtype.
+        section: schedule, token budget, dtype.
+        learning_rate: at its peak.
         total_steps: steps of the whole run, for the schedule.
         done_steps: steps done before a resume.
         workers: the ranks.
@@ -146,42 +106,52 @@ def optimise(
     Raises:
         TrainingError: three steps in a row were not finite; the weights are those before them.
     """
-    parameters = list(trainable(policy).values())
-    device = parameters[0].device
-    failures = 0
+    policy, device, failures = engine.policy, engine.device, 0
     for step, (groups, waited) in enumerate(_waited_for(steps), start=done_steps):
         began = time.perf_counter()
         policy.train()
-        optimizer.zero_grad(set_to_none=False)
         totals = Totals.of(groups, objective.unit)
         # Strangers are of no use to an objective without a KL, though its snapshot may hold them.
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
-        kl = _kl(policy, strangers, reference, section=section, workers=workers) if "kl" in objective.needs else None
+        kl = (
+            _kl(engine, strangers, groups, reference, section=section, workers=workers)
+            if "kl" in objective.needs
+            else None
+        )
         sums = _Sums(device, dtype=section.dtype)
         odd: list[str] = []
-        for batch in micro_batches(own, section.micro_batch_tokens):
+        batches = micro_batches(own, section.micro_batch_tokens)
+        # Agreed on before the first, or ranks would wait for one another's forwards.
+        idle = workers.rounds(len(batches)) - len(batches)
+        for batch in batches:
             batch = batch.to(device)
             result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
-            loss.backward()
+            engine.backward(loss)
             sums.add(batch, objective.unit, result, scored, float(loss.detach()))
             odd += itertools.compress(_ids(batch, objective), (~result.losses.isfinite()).tolist())
-        _sum_gradients(parameters, workers)
+        for batch in (filler(groups).to(device) for _ in range(idle)):
+            result, _ = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+            engine.backward(0.0 * result.losses.sum())
         workers.sum_(sums.values)
-        norm = nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+        rate = learning_rate * learning_rate_factor(
+            step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
+        )
+        norm = math.nan
+        # The sums are the same on every rank, so all of them do the same here.
+        if sums.finite:
+            norm = engine.step(rate)
+        else:
+            engine.discard()
         report = sums.report(
             step=step + 1,
             kl=None if kl is None else _finite(float(kl)),
-            grad_norm=float(norm),
-            learning_rate=optimizer.defaults["lr"]
-            * learning_rate_factor(
-                step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
-            ),
+            grad_norm=norm,
+            learning_rate=rate,
             seconds=time.perf_counter() - began,
             wait_seconds=waited,
         )
         if report.loss is None or report.grad_norm is None:
-            # Sums and norm are the same on every rank, so all of them come here.
             rows = workers.gather(odd) or [judged.pair_id for group in groups for judged in group.judgements]
             failures += 1
             if failures == _MAX_FAILURES:
@@ -190,10 +160,7 @@ def optimise(
             yield replace(report, skipped=tuple(rows))
             continue
         failures = 0
-        for parameter_group in optimizer.param_groups:
-            parameter_group["lr"] = report.learning_rate
-        optimizer.step()
-        yield replace(report, seconds=time.perf_counter() - began)
+        yield report
 
 
 def _waited_for(steps: Iterable[Sequence[Group]]) -> Iterator[tuple[Sequence[Group], float]]:
@@ -249,24 +216,28 @@ def _divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
 
 
 def _kl(
-    policy: ScoringModel,
+    engine: Engine,
     strangers: Sequence[Group],
+    groups: Sequence[Group],
     reference: Reference,
     *,
     section: TrainSection,
     workers: Workers,
 ) -> Tensor:
     """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped."""
-    device = next(policy.parameters()).device
+    policy, device = engine.policy, engine.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     policy.train(mode=False)
+    batches = micro_batches(strangers, section.micro_batch_tokens)
+    idle = workers.rounds(len(batches)) - len(batches)
     with torch.no_grad():
-        for batch in micro_batches(strangers, section.micro_batch_tokens):
+        for number, batch in enumerate([*batches, *(filler(groups) for _ in range(idle))]):
             batch = batch.to(device)
             with autocast(device, section.dtype):
                 logps: Tensor = policy(batch).logps
             ratios = (logps - reference(batch)).double()
-            sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+            if number < len(batches):
+                sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
     policy.train()
     workers.sum_(sums)
     return (sums[0] / sums[1].clamp(min=1)).float()
@@ -300,23 +271,6 @@ def score_losses(
     return objective(scored), scored
 
 
-def _sum_gradients(parameters: Sequence[nn.Parameter], workers: Workers) -> None:
-    if workers.size == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            # A rank without rows still takes part, with zeros.
-            parameter.grad = torch.zeros_like(parameter)
-    # One flat buffer is one collective instead of hundreds of small ones.
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    workers.sum_(flat)
-    offset = 0
-    for gradient in gradients:
-        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
-
-
 class _Sums:
     """Sums and counts of a step, added up over ranks in one collective."""
 
@@ -340,6 +294,11 @@ class _Sums:
     def __init__(self, device: torch.device, *, dtype: str) -> None:
         self.noise = NOISE_TOLERANCE[dtype]
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss, added up over the ranks, is."""
+        return math.isfinite(float(self.values[0]))
 
     def add(self, batch: PackedBatch, unit: Unit, result: Losses, scored: Scored, loss: float) -> None:
         logps, reference = scored.policy_logps.detach(), scored.reference_logps

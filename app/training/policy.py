@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.config import TrainSection
@@ -24,13 +23,16 @@ from app.training.batch import PackedBatch
 from app.training.scoring import ScoringModel
 
 
-def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool = False) -> ScoringModel:
+def build_policy(
+    start: LoadedModel, section: TrainSection, *, agreement: bool = False, head_calls: int = 0
+) -> ScoringModel:
     """Make the trainable policy out of the start model; equal seeds give equal adapters on every worker.
 
     Args:
         start: the model that training begins with.
         section: adapters, checkpointing, seed.
         agreement: see `ScoringModel`.
+        head_calls: the same.
 
     Raises:
         ModelError: one of `lora.target_modules` names no layer that can take an adapter. Embeddings cannot: where input
@@ -41,7 +43,7 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
         model = start.model.requires_grad_(requires_grad=True)
         if section.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return ScoringModel(model, agreement=agreement, backend=section.attention)
+        return ScoringModel(model, agreement=agreement, backend=section.attention, head_calls=head_calls)
     config = LoraConfig(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,  # type: ignore[arg-type]  # a float works, the annotation says int
@@ -75,7 +77,7 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
     if section.activation_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    return ScoringModel(adapted, agreement=agreement, backend=section.attention)
+    return ScoringModel(adapted, agreement=agreement, backend=section.attention, head_calls=head_calls)
 
 
 def trainable(policy: ScoringModel) -> dict[str, torch.nn.Parameter]:
@@ -127,28 +129,35 @@ def frozen(model: ScoringModel, dtype: str) -> Reference:
     return score
 
 
-def merged_model(policy: ScoringModel) -> PreTrainedModel:
-    """Fold the adapters into the base, layer by layer in fp32, and return the plain model."""
-    model = policy.model
-    if not isinstance(model, PeftModel):
-        return model
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                layer: Any = module
-                weight: Tensor = layer.get_base_layer().weight
-                merged = weight.float()
-                for name in layer.active_adapters:
-                    merged = merged + layer.get_delta_weight(name).float()
-                    if name in layer.lora_magnitude_vector:
-                        outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
-                        # peft rounds the norms to the base's type, those that the magnitudes began with too.
-                        norms = merged.norm(dim=1 - outputs, keepdim=True).to(weight.dtype).float()
-                        magnitude: Tensor = layer.lora_magnitude_vector[name].weight.float()
-                        merged = merged * (magnitude.view_as(norms) / norms)
-                weight.copy_(merged)
-    base: PreTrainedModel = model.unload()
-    return base
+def merged(policy: ScoringModel) -> ScoringModel:
+    """Fold the adapters into the base, layer by layer in fp32, and return what scores with the plain model."""
+    adapted = policy.model
+    if not isinstance(adapted, PeftModel):
+        return policy
+    for layer in adapter_layers(policy):
+        merge_layer(layer)
+    return ScoringModel(adapted.unload(), agreement=policy.agreement, backend=policy.backend)
+
+
+def adapter_layers(policy: ScoringModel) -> list[LoraLayer]:
+    """Return the layers that carry adapters."""
+    return [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
+
+
+@torch.no_grad()
+def merge_layer(layer: Any, dtype: torch.dtype | None = None) -> None:
+    """Fold one layer's adapters into its weight, in fp32, and round it to a type; None: that of the weight."""
+    weight: Tensor = layer.get_base_layer().weight
+    merged = weight.float()
+    for name in layer.active_adapters:
+        merged = merged + layer.get_delta_weight(name).float()
+        if name in layer.lora_magnitude_vector:
+            outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
+            # peft rounds the norms to the base's type, those that the magnitudes began with too.
+            norms = merged.norm(dim=1 - outputs, keepdim=True).to(weight.dtype).float()
+            magnitude: Tensor = layer.lora_magnitude_vector[name].weight.float()
+            merged = merged * (magnitude.view_as(norms) / norms)
+    weight.copy_(merged.to(dtype or weight.dtype))
 
 
 def _logps(policy: ScoringModel, batch: PackedBatch) -> Tensor:

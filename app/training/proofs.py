@@ -4,7 +4,6 @@ Both are shown on a few groups with the very weights, types and attention of the
 what rounding makes of them; a wrong mask or another model is an order of magnitude beyond.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from app.config import TrainSection
 from app.errors import TrainingError
 from app.training.batch import PackedBatch
-from app.training.policy import Reference, autocast, trainable
+from app.training.engine import Engine, Workers
+from app.training.policy import Reference, autocast
 from app.training.scoring import ScoringModel, plain_logps
 from app.training.tokenization import Group
 
@@ -51,43 +51,47 @@ def check_step_zero(
     return apart
 
 
-def check_packing(policy: ScoringModel, groups: Sequence[Group], *, section: TrainSection) -> float:
+def check_packing(engine: Engine, groups: Sequence[Group], *, section: TrainSection, workers: Workers) -> float:
     """Compare packed scores and their gradients with plain rows on a few groups and return how far the scores are apart.
 
-    The gradient is that of the log-probabilities, with alternating signs for the groups; see `_noise`.
+    The gradient is that of the log-probabilities, with alternating signs for the groups; see `_noise`. Every rank
+    compares the same groups.
 
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.
     """
-    parameters = list(trainable(policy).values())
-    device = parameters[0].device
+    policy, device = engine.policy, engine.device
     policy.train(mode=False)
     batch = PackedBatch.pack(groups).to(device)
     # Answers to one prompt are much alike: with opposite signs little would be left but noise.
     signs = [1.0 - 2.0 * (number % 2) for number, group in enumerate(groups) for _ in group.responses]
     with autocast(device, section.dtype):
         packed: Tensor = policy(batch).logps
-    (packed * torch.tensor(signs, device=device)).sum().backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    engine.backward((packed * torch.tensor(signs, device=device)).sum())
+    gradients = engine.gradients()
+    engine.discard()
     plain = torch.zeros_like(packed)
-    for parameter in parameters:
-        parameter.grad = None
     rows = [replace(group, responses=(response,)) for group in groups for response in group.responses]
     for number, (row, sign) in enumerate(zip(rows, signs, strict=True)):
         # One graph at a time: its logits are those of all tokens.
         with autocast(device, section.dtype):
             logp = plain_logps(policy.model, [row]).sum()
-        (sign * logp).backward()
+        engine.backward(sign * logp)
         plain[number] = logp.detach()
     apart = _noise(packed.detach(), plain, batch)
-    pairs = [
-        (p.grad if p.grad is not None else torch.zeros_like(p), g) for p, g in zip(parameters, gradients, strict=True)
-    ]
-    length = math.sqrt(sum(float(expected.double().square().sum()) for expected, _ in pairs))
-    turned = math.sqrt(sum(float((expected - found).double().square().sum()) for expected, found in pairs))
+    pairs = list(zip(engine.gradients(), gradients, strict=True))
+    engine.discard()
+    squares = torch.tensor(
+        [
+            sum(float(expected.double().square().sum()) for expected, _ in pairs),
+            sum(float((expected - found).double().square().sum()) for expected, found in pairs),
+        ],
+        dtype=torch.float64,
+        device=device,
+    )
+    workers.sum_(squares)
+    length, turned = squares.sqrt().tolist()
     turned /= max(length, 1e-12)
-    for parameter in parameters:
-        parameter.grad = None
     allowed, allowed_turn = NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
     if not (apart <= allowed and turned <= allowed_turn):
         msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: use another base model, and report this architecture."

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from app.errors import ModelError
 from app.training.attention import Backend, Layout, attention_name
-from app.training.batch import PackedBatch, token_bins
+from app.training.batch import PackedBatch, filler, token_bins
 from app.training.tokenization import Group
 
 _HEAD_CHUNK = 2048
@@ -30,9 +30,12 @@ _STATEFUL = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ResponseScores:
-    """[N] each: summed log-probability (fp32) and number of tokens of every response."""
+    """[N] each: summed log-probability (fp32) and number of tokens of every response.
+
+    Without slots: DeepSpeed's hook behind a forward looks through `vars` of what it returns.
+    """
 
     logps: Tensor
     token_counts: Tensor
@@ -49,13 +52,21 @@ class ScoringModel(nn.Module):
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
         backend: what computes the attention of packed rows.
+        head_calls: how often the head is called in each forward, whatever its rows: where its weight lies in slices a
+            call is a collective. 0: as often as its rows ask for.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, *, agreement: bool = False, backend: Backend = "sdpa"
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        agreement: bool = False,
+        backend: Backend = "sdpa",
+        head_calls: int = 0,
     ) -> None:
         super().__init__()
         self.agreement = agreement
+        self.head_calls = head_calls
         self.backend = backend
         self.plain_because = unpackable(model)
         if self.plain_because is None:
@@ -77,11 +88,10 @@ class ScoringModel(nn.Module):
         config = causal.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
         parts = []
-        for part, targets in zip(
-            torch.split(rows, _HEAD_CHUNK), torch.split(batch.target_ids, _HEAD_CHUNK), strict=True
-        ):
+        calls = self.head_calls or max(1, -(-len(rows) // _HEAD_CHUNK))
+        for part, targets in zip(rows.tensor_split(calls), batch.target_ids.tensor_split(calls), strict=True):
             arguments = (head, part, targets, _logit_scale(config), cap, self.agreement)
-            if rows.requires_grad and len(rows) > _HEAD_CHUNK:
+            if rows.requires_grad and calls > 1:
                 parts.append(checkpoint(_token_scores, *arguments, use_reentrant=False))
             else:
                 parts.append(_token_scores(*arguments))
@@ -109,8 +119,18 @@ def generating(policy: ScoringModel) -> Iterator[PreTrainedModel]:
         policy.train(mode=training)
 
 
+def head_calls(token_budget: int) -> int:
+    """Return how often the head is called for a batch of this many tokens, see `ScoringModel`."""
+    return max(1, -(-token_budget // _HEAD_CHUNK))
+
+
 def with_reference_logps(
-    groups: Sequence[Group], score: Callable[[PackedBatch], Tensor], *, token_budget: int
+    groups: Sequence[Group],
+    score: Callable[[PackedBatch], Tensor],
+    *,
+    token_budget: int,
+    rounds: Callable[[int], int] = lambda batches: batches,
+    idle: Sequence[Group] = (),
 ) -> list[Group]:
     """Return the groups, in their order, with what `score` says of each response as its reference log-probability.
 
@@ -118,13 +138,19 @@ def with_reference_logps(
         groups: what is scored, in packed batches of at most `token_budget` tokens.
         score: PackedBatch (on the CPU) -> [N] log-probabilities; called without gradients.
         token_budget: tokens of a batch; a longer group is a batch of its own.
+        rounds: batches -> how often `score` is called, see `Workers.rounds`.
+        idle: groups to score where it is called more often than there are batches.
     """
     scored: dict[str, Group] = {}
+    bins = token_bins(groups, token_budget)
+    more = rounds(len(bins)) - len(bins)  # agreed on before the first, or ranks would wait for one another's forwards
     with torch.no_grad():
-        for members in token_bins(groups, token_budget):
+        for members in bins:
             logps = iter(score(PackedBatch.pack(members)).double().tolist())
             for group in members:
                 scored[group.group_id] = replace(group, reference_logps=tuple(next(logps) for _ in group.responses))
+        for _ in range(more):
+            score(filler(idle))
     return [scored[group.group_id] for group in groups]
 
 

@@ -7,8 +7,9 @@ from app.config import TrainSection
 from app.ledger import Ledger
 from app.models import ensure_sft, load_model
 from app.storage import Home
+from app.training.engine import Replicated, SingleWorker
 from app.training.judgements import divide, for_unit, with_strangers
-from app.training.loop import SingleWorker, optimise
+from app.training.loop import optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed, trainable
 from app.training.scoring import ScoringModel, with_reference_logps
@@ -67,13 +68,14 @@ def test_a_step_has_the_loss_and_the_gradient_of_trl(stage, tmp_path, name):
         load_model(home, policy_id, dtype="float32"), section, agreement="agreement" in objective.needs
     )
     parameters = trainable(policy)
+    still = torch.optim.SGD(parameters.values(), lr=0.0)
     (report,) = optimise(
-        policy,
+        Replicated(policy, learning_rate=0.0, max_grad_norm=1e9, workers=SingleWorker(), optimizer=still),
         [groups],
         objective=objective,
         reference=precomputed,
-        optimizer=torch.optim.SGD(parameters.values(), lr=0.0),
         section=section,
+        learning_rate=0.0,
         total_steps=1,
         workers=SingleWorker(),
     )

@@ -285,6 +285,7 @@ def test_golden_cases_may_be_judged_and_a_judge_of_the_pairs_does_not_gate(clust
         evaluate(home, ledger, parse_recipe(without, place="test"), candidate.model_id, None)
 
 
+@pytest.mark.full
 def test_an_implicit_reward_judges_by_what_an_answer_gained_over_the_reference(cluster, stage, tmp_path):
     home, ledger, recipe, candidate = stage
     folders = {name: write_tiny_model(tmp_path / name, seed=seed) for name, seed in (("r", 7), ("b", 8))}
@@ -336,6 +337,7 @@ def test_an_implicit_reward_judges_by_what_an_answer_gained_over_the_reference(c
     assert (found["judge_independent"]["passed"], own.verdict) == (False, "HOLD")
 
 
+@pytest.mark.full
 def test_answers_may_come_from_an_endpoint_that_serves_the_models_by_their_ids(cluster, stage, tmp_path, monkeypatch):
     home, ledger, recipe, candidate = stage
 

@@ -19,8 +19,9 @@ from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.storage import Home
 from app.training.batch import step_groups
+from app.training.engine import Replicated, SingleWorker
 from app.training.judgements import balanced, divide
-from app.training.loop import SingleWorker, make_optimizer, optimise
+from app.training.loop import optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed
 from app.training.snapshots import SHUFFLE_WINDOW, epoch_files, epoch_stream, read_groups, train_files
@@ -117,12 +118,17 @@ def one_process(home, snapshot_id, recipe):
     steps = list(step_groups(rows(), section.batch_pairs))
     return list(
         optimise(
-            policy,
+            Replicated(
+                policy,
+                learning_rate=section.learning_rate,
+                max_grad_norm=section.max_grad_norm,
+                workers=SingleWorker(),
+            ),
             steps,
             objective=objective,
             reference=precomputed,
-            optimizer=make_optimizer(policy, section.learning_rate),
             section=section,
+            learning_rate=section.learning_rate,
             total_steps=len(steps),
             workers=SingleWorker(),
         )

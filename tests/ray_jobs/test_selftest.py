@@ -50,6 +50,7 @@ def test_the_whole_self_test_writes_one_json(tiny_model, tmp_path, capsys):
     result = json.loads(path.read_text())
     status = {check["name"]: check["status"] for check in result["checks"]}
     assert status["the train job = one process"] == "passed"
+    assert status["the train job in slices (ZeRO-3) = one process"] == "passed"
     assert status["pairs a second against TRL"] == "passed"
     assert status["packed = plain rows, varlen, bfloat16"] == "not run"
     assert result["machine"]["gpus"] == []

@@ -22,7 +22,8 @@ from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
 from app.storage import Home
 from app.training.batch import PackedBatch, step_groups
-from app.training.loop import SingleWorker, learning_rate_factor, make_optimizer, optimise
+from app.training.engine import Replicated, SingleWorker
+from app.training.loop import learning_rate_factor, optimise
 from app.training.objectives import load_objective
 from app.training.policy import build_policy, precomputed
 from app.training.scoring import ScoringModel
@@ -85,7 +86,7 @@ def recipe_for(sft: str, **train_section):
         "batch_pairs": 8,
         "micro_batch_tokens": 64,
         "checkpoint_every": 3,
-        "lora": {"r": 4, "alpha": 8},
+        **({} if train_section.get("adapter") == "full" else {"lora": {"r": 4, "alpha": 8}}),
     }
     tree = {
         "name": "tiny",
@@ -155,12 +156,17 @@ def one_process(stage, recipe):
     steps = list(step_groups(rows(), section.batch_pairs))
     return list(
         optimise(
-            policy,
+            Replicated(
+                policy,
+                learning_rate=section.learning_rate,
+                max_grad_norm=section.max_grad_norm,
+                workers=SingleWorker(),
+            ),
             steps,
             objective=load_objective(section.objective, section.options),
             reference=precomputed,
-            optimizer=make_optimizer(policy, section.learning_rate),
             section=section,
+            learning_rate=section.learning_rate,
             total_steps=len(steps),
             workers=SingleWorker(),
         )

@@ -3,25 +3,28 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 
 from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
 from app.errors import ModelError, TrainingError
 from app.generation import GenerationRequest, generate
 from app.models import Lineage, load_model, register_folder
-from app.training import scoring
+from app.training import checkpoints, scoring
 from app.training.batch import PackedBatch, step_groups
 from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
+from app.training.engine import Replicated, SingleWorker, make_optimizer
 from app.training.held_out import measure, measure_exported
 from app.training.judgements import divide, for_unit, with_strangers
-from app.training.loop import SingleWorker, learning_rate_factor, make_optimizer, optimise
+from app.training.loop import learning_rate_factor, optimise
 from app.training.objectives import Objective, load_objective
-from app.training.policy import adapter_off, autocast, build_policy, frozen, merged_model, precomputed, trainable
+from app.training.policy import adapter_off, autocast, build_policy, frozen, merged, precomputed, trainable
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, plain_logps
 from app.training.tokenization import Group, Preference
@@ -57,16 +60,26 @@ def start(home, ledger, tiny_model, tmp_path):
     return partial(load_model, home, row.model_id, dtype="float32")
 
 
+def engine_of(policy, section, *, optimizer=None, workers=None):
+    return Replicated(
+        policy,
+        learning_rate=section.learning_rate,
+        max_grad_norm=section.max_grad_norm,
+        workers=workers or SingleWorker(),
+        optimizer=optimizer,
+    )
+
+
 def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTIVE):
     policy = build_policy(start(), section)
     reports = list(
         optimise(
-            policy,
+            engine_of(policy, section, optimizer=optimizer(policy) if optimizer else None),
             steps or list(step_groups(groups, section.batch_pairs)),
             objective=objective,
             reference=reference_of(policy, section),
-            optimizer=optimizer(policy) if optimizer else make_optimizer(policy, section.learning_rate),
             section=section,
+            learning_rate=section.learning_rate,
             total_steps=20,
             workers=SingleWorker(),
         )
@@ -127,6 +140,9 @@ class Rank:
     def gather(self, rows: list) -> list:
         return [row for part in self.threads.exchange(self.rank, rows) for row in part]
 
+    def rounds(self, batches):
+        return batches
+
 
 OPTIONS = {
     "dpo": {"beta": 0.1, "sft_weight": 0.5, "length_weight": 0.01, "wpo": True},
@@ -158,12 +174,12 @@ def grown(start, home, tmp_path):
 
 def one_step(policy, groups, *, section, objective, workers, reference=None):
     (report,) = optimise(
-        policy,
+        engine_of(policy, section, optimizer=sgd(policy), workers=workers),
         [groups],
         objective=objective,
         reference=reference or reference_of(policy, section),
-        optimizer=sgd(policy),
         section=section,
+        learning_rate=section.learning_rate,
         total_steps=20,
         workers=workers,
     )
@@ -301,16 +317,16 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
     whole, _ = run(start, SECTION, [], steps=steps)
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION.learning_rate)
-    common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": SingleWorker()}
-    reference = reference_of(policy, SECTION)
-    for report in optimise(policy, steps[:2], reference=reference, optimizer=optimizer, **common):
-        save_checkpoint(home, identity, policy, optimizer, step=report.step, reports=[{"step": report.step}])
+    workers = SingleWorker()
+    common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": workers}
+    common["learning_rate"] = SECTION.learning_rate
+    reference, engine = reference_of(policy, SECTION), engine_of(policy, SECTION)
+    for report in optimise(engine, steps[:2], reference=reference, **common):
+        save_checkpoint(home, identity, engine, workers, step=report.step, reports=[{"step": report.step}])
     resumed = build_policy(start(), SECTION)
-    fresh = make_optimizer(resumed, SECTION.learning_rate)
-    assert load_newest(home, identity, resumed, fresh) == Resumed(2, ({"step": 2},), ())
-    reference = reference_of(resumed, SECTION)
-    list(optimise(resumed, steps[2:], reference=reference, optimizer=fresh, done_steps=2, **common))
+    fresh = engine_of(resumed, SECTION)
+    assert load_newest(home, identity, fresh, SingleWorker()) == Resumed(2, ({"step": 2},), ())
+    list(optimise(fresh, steps[2:], reference=reference_of(resumed, SECTION), done_steps=2, **common))
     for a, b in zip(trainable(whole).values(), trainable(resumed).values(), strict=True):
         assert torch.equal(a, b)
 
@@ -318,35 +334,34 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION.learning_rate)
+    engine, workers = engine_of(policy, SECTION), SingleWorker()
     steps = list(step_groups(make_groups(6), 2))[:2]
     for report in optimise(
-        policy,
+        engine,
         steps,
         objective=OBJECTIVE,
         reference=reference_of(policy, SECTION),
-        optimizer=optimizer,
         section=SECTION,
+        learning_rate=SECTION.learning_rate,
         total_steps=9,
-        workers=SingleWorker(),
+        workers=workers,
     ):
-        save_checkpoint(home, identity, policy, optimizer, step=report.step)
-    state = home.local("runs", "run", "checkpoints", "step-00000002", "state.safetensors")
+        save_checkpoint(home, identity, engine, workers, step=report.step)
+    state = home.local("runs", "run", "checkpoints", "step-00000002", "state-00000.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(bytes(content))
-    resumed = load_newest(home, identity, policy, optimizer)
+    resumed = load_newest(home, identity, engine, SingleWorker())
     assert resumed.step == 1
     assert "step-00000002 skipped" in resumed.skipped[0]
 
 
 def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    policy = build_policy(start(), SECTION)
-    optimizer = make_optimizer(policy, SECTION.learning_rate)
-    save_checkpoint(home, identity, policy, optimizer, step=1)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    save_checkpoint(home, identity, engine, SingleWorker(), step=1)
     with pytest.raises(TrainingError, match="checkpoints of another snapshot_id"):
-        load_newest(home, replace(identity, snapshot_id="other"), policy, optimizer)
+        load_newest(home, replace(identity, snapshot_id="other"), engine, SingleWorker())
 
 
 def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_end_the_run(start):
@@ -354,11 +369,11 @@ def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_
     bad = replace(groups[1], reference_logps=(math.nan,) * len(groups[1].responses))
     section = SECTION.model_copy(update={"reference": "precomputed"})
     policy = build_policy(start(), section)
-    common = {"objective": OBJECTIVE, "optimizer": make_optimizer(policy, section.learning_rate), "section": section}
+    common = {"objective": OBJECTIVE, "learning_rate": section.learning_rate, "section": section}
     common |= {"total_steps": 9, "workers": SingleWorker(), "reference": precomputed}
     before = {n: p.detach().clone() for n, p in trainable(policy).items()}
     with_bad = [groups[0], bad]
-    reports = optimise(policy, [with_bad, groups, with_bad, with_bad, with_bad], **common)
+    reports = optimise(engine_of(policy, section), [with_bad, groups, with_bad, with_bad, with_bad], **common)
     skipped = next(reports)
     assert (skipped.loss, skipped.grad_norm) == (None, None)
     assert skipped.skipped == tuple(p.pair_id for p in bad.pairs)
@@ -408,17 +423,20 @@ def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, 
         if "lora" not in name and weight.ndim > 1:
             weight.data *= 12  # random weights barely attend to anything; a trained model does
     policy.model.to(getattr(torch, dtype))
-    assert check_packing(policy, make_groups(4), section=section) < noise
+    settings = {"section": section, "workers": SingleWorker()}
+    engine = engine_of(policy, section)
+    assert check_packing(engine, make_groups(4), **settings) < noise
     policy.model.set_attn_implementation("sdpa")  # sees the other rows of the pack
     with pytest.raises(TrainingError, match="packed rows and plain rows of this model differ"):
-        check_packing(policy, make_groups(4), section=section)
+        check_packing(engine, make_groups(4), **settings)
 
 
 def test_right_scores_with_wrong_gradients_are_refused_too(start, monkeypatch):
     backward = scoring._TargetLogps.backward
     monkeypatch.setattr(scoring._TargetLogps, "backward", staticmethod(lambda ctx, g: backward(ctx, 2 * g)))
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
     with pytest.raises(TrainingError, match=r"differ by 0\.0000 nats .* and by 100\.\d\d% of their gradient"):
-        check_packing(build_policy(start(), SECTION), make_groups(4), section=SECTION)
+        check_packing(engine, make_groups(4), section=SECTION, workers=SingleWorker())
 
 
 def test_a_policy_that_is_lent_to_generate_answers_with_its_adapters_and_trains_on_as_before(grown, start):
@@ -428,9 +446,9 @@ def test_a_policy_that_is_lent_to_generate_answers_with_its_adapters_and_trains_
     request = GenerationRequest(groups[0].prompt_ids, temperature=0.0, top_p=1.0, max_tokens=9)
     with generating(policy) as model:
         (found,) = generate(replace(start(), model=model), [request])
-    merged = merged_model(grown(SECTION, objective))
-    merged.set_attn_implementation("sdpa")
-    (expected,) = generate(replace(start(), model=merged), [request])
+    plain = merged(grown(SECTION, objective)).model
+    plain.set_attn_implementation("sdpa")
+    (expected,) = generate(replace(start(), model=plain), [request])
     (base,) = generate(start(), [request])
     assert found.token_ids == expected.token_ids
     assert found.logps == pytest.approx(expected.logps, abs=1e-3)
@@ -454,8 +472,46 @@ def test_a_policy_in_bf16_with_its_fp32_adapters_can_be_lent_too(start):
 def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
     identity = RunIdentity("run", "snapshot", "digest", "recipe")
     policy = build_policy(start(), SECTION)
-    save_checkpoint(home, identity, policy, make_optimizer(policy, SECTION.learning_rate), step=1)
-    assert load_newest(home, identity, policy, make_optimizer(policy, SECTION.learning_rate)).step == 1
+    save_checkpoint(home, identity, engine_of(policy, SECTION), SingleWorker(), step=1)
+    assert load_newest(home, identity, engine_of(policy, SECTION), SingleWorker()).step == 1
+
+
+def test_a_checkpoint_of_one_file_with_tensors_in_their_shapes_is_read(start, home):
+    """So they were written before weights could lie in slices."""
+    identity = RunIdentity("run", "snapshot", "digest", "recipe")
+    policy, _ = run(start, SECTION, [], steps=list(step_groups(make_groups(4), 4)))
+    tensors = {"rng": torch.get_rng_state()}
+    for name, parameter in trainable(policy).items():
+        tensors[f"parameter/{name}"] = parameter.detach().clone()
+        tensors[f"optimizer/step/{name}"] = torch.tensor(3.0)
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer/{key}/{name}"] = torch.rand(parameter.shape)
+    artifact = home.artifact("runs/run/checkpoints", "step-00000003")
+    Path(artifact.path).mkdir(parents=True)
+    save_file(tensors, Path(artifact.path, "state.safetensors"))
+    artifact.write_manifest({"step": 3, "identity": asdict(identity), "reports": []})
+    fresh = build_policy(start(), SECTION)
+    read = engine_of(fresh, SECTION)
+    assert load_newest(home, identity, read, SingleWorker()).step == 3
+    for name, parameter in trainable(fresh).items():
+        assert torch.equal(parameter, tensors[f"parameter/{name}"])
+        state = read.optimizer.state[parameter]
+        assert (float(state["step"]), state["exp_avg"].shape) == (3.0, parameter.shape)
+        assert torch.equal(state["exp_avg_sq"], tensors[f"optimizer/exp_avg_sq/{name}"])
+
+
+def test_slices_of_several_ranks_are_cut_anew_for_any_other_number(tmp_path):
+    whole = torch.arange(10.0)
+    for ranks in (1, 2, 3, 4, 7):
+        width = -(-10 // ranks)
+        padded = torch.cat([whole, torch.zeros(ranks * width - 10)])
+        files = [tmp_path / f"state-{ranks}-{rank:05d}.safetensors" for rank in range(ranks)]
+        for rank, path in enumerate(files):
+            save_file({"w": padded[rank * width : (rank + 1) * width].clone()}, path)
+        stored = checkpoints._reader(files)("w")
+        for start, stop in ((0, 10), (0, 1), (3, 8), (9, 10)):
+            assert stored.slice(start, stop).tolist() == whole[start:stop].tolist()
+        assert checkpoints._reader(files)("v") is None
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):
@@ -484,16 +540,16 @@ def test_the_merged_model_scores_like_the_policy(start, variant):
     with torch.no_grad():
         expected = policy(PackedBatch.pack(groups)).logps
         base = plain_logps(start().model, groups)
-        merged = plain_logps(merged_model(policy), groups)
-    assert torch.allclose(merged, expected, atol=1e-4)
+        alone = plain_logps(merged(policy).model, groups)
+    assert torch.allclose(alone, expected, atol=1e-4)
     assert (expected - base).abs().max() > 0.1
 
 
 def test_an_untrained_dora_adapter_merges_into_the_very_base(start):
     section = SECTION.model_copy(update={"dtype": "bfloat16", "lora": LoraSection(r=4, alpha=8, variant="dora")})
-    merged = merged_model(build_policy(start(dtype="bfloat16"), section))
+    plain = merged(build_policy(start(dtype="bfloat16"), section)).model
     base = start(dtype="bfloat16").model.state_dict()
-    assert all(torch.equal(weight, base[name]) for name, weight in merged.state_dict().items())
+    assert all(torch.equal(weight, base[name]) for name, weight in plain.state_dict().items())
 
 
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
@@ -515,8 +571,8 @@ def test_held_out_pairs_are_measured_with_the_weights_that_leave_the_run(start, 
     settings = {"objective": OBJECTIVE, "section": section, "workers": SingleWorker()}
     settings["reference"] = reference_of(policy, section)
     before = measure(policy, scored, **settings)
-    model, measures = measure_exported(policy, scored, **settings)
-    logps = plain_logps(model, groups)
+    exported, measures = measure_exported(policy, scored, **settings)
+    logps = plain_logps(exported.model, groups)
     margins, offset = {}, 0
     for group in scored:
         rewards = 0.1 * (logps[offset : offset + len(group.responses)].double() - torch.tensor(group.reference_logps))
@@ -567,10 +623,10 @@ def test_full_fine_tuning_leaves_its_fp32_weights(start):
     )
     groups = [replace(group, reference_logps=(0.0,) * len(group.responses)) for group in make_groups(4)]
     policy, _ = run(start, section, groups, steps=[groups] * 3)
-    model, _ = measure_exported(
+    exported, _ = measure_exported(
         policy, groups, objective=OBJECTIVE, reference=precomputed, section=section, workers=SingleWorker()
     )
-    before, after = start().model.state_dict(), model.state_dict()
+    before, after = start().model.state_dict(), exported.model.state_dict()
     changed = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
     survive = [n for n in changed if not torch.equal(after[n].bfloat16().float(), after[n])]
     assert changed
@@ -594,7 +650,7 @@ def test_held_out_pairs_are_all_measured(start):
 
 def test_norms_and_biases_do_not_decay(start):
     policy = build_policy(start(), SECTION.model_copy(update={"adapter": "full", "reference": "precomputed"}))
-    optimizer = make_optimizer(policy, 0.1, weight_decay=0.5)
+    optimizer = make_optimizer(list(trainable(policy).values()), 0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in trainable(policy).items()}
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,130 @@
+"""One rank of a ZeRO-3 run in a process of its own: `python zero_ranks.py RANK WORLD SETTINGS.json OUT.json`."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ.update(DS_ACCELERATOR="cpu", DS_SKIP_CUDA_CHECK="1")
+
+import torch
+import torch.distributed as dist
+
+from app.config import TrainSection
+from app.models import load_model
+from app.storage import Home
+from app.training import zero
+from app.training.engine import Replicated, SingleWorker
+from app.training.held_out import measure_exported
+from app.training.loop import optimise
+from app.training.objectives import load_objective
+from app.training.policy import adapter_off, build_policy, frozen, precomputed
+from app.training.proofs import check_packing
+from app.training.scoring import ScoringModel
+from app.training.tokenization import Group, Preference
+from ray_jobs.worker import DistributedWorkers
+
+RATE = 1e-3
+
+
+def groups(count: int, *, seed: int = 1, reference: bool = True) -> list[Group]:
+    """Pairs of random tokens, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, 258, (n,), generator=generator).tolist())
+
+    return [
+        Group(
+            f"g{i}",
+            f"c{i}",
+            "train",
+            ids(5 + i % 7),
+            (ids(4 + i % 4), ids(3)),
+            (Preference(0, 1, 1.0, f"p{i}", "import"),),
+            reference_logps=(-20.0, -15.0) if reference else None,
+        )
+        for i in range(count)
+    ]
+
+
+def main(rank: int, world: int, settings: dict) -> dict:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    section = TrainSection.model_validate(settings["section"])
+    home, told = Home.at(settings["home"]), {}
+    if world:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+        zero.join(device)
+        workers = DistributedWorkers(device, sharded=True)
+        start = load_model(home, settings["model"], dtype="float32", read=zero.load_in_slices)
+    else:
+        workers = SingleWorker()
+        start = load_model(home, settings["model"], dtype="float32")
+    calls = settings.get("head_calls", 0) if world else 0
+    policy = build_policy(start, section, head_calls=calls)
+    common = {"learning_rate": RATE, "max_grad_norm": 1.0, "workers": workers, "weight_decay": section.weight_decay}
+    offload = "optimizer" in section.offload
+    engine = zero.Zero3(policy, **common, offload=offload) if world else Replicated(policy, **common)
+    if section.reference == "sharded":
+        read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if world else None
+        other = ScoringModel(
+            load_model(home, settings["reference"], dtype="float32", read=read).model, head_calls=calls
+        )
+        if world:
+            other = zero.frozen_in_slices(other, on_cpu="reference" in section.offload)
+            held = zero.Held(other)
+        reference = frozen(other, "float32")
+    else:
+        reference = adapter_off(policy, "float32") if section.reference == "adapter_off" else precomputed
+    told["packing"] = check_packing(engine, groups(3), section=section, workers=workers)
+    rows = groups(24, reference=section.reference == "precomputed")
+    for at in settings.get("broken", ()):
+        rows[at] = replace(rows[at], reference_logps=(math.nan, math.nan))
+    objective = load_objective("dpo", section.options)
+    told["steps"] = [
+        (report.loss, report.grad_norm, report.pairs, report.tokens, list(report.skipped))
+        for report in optimise(
+            engine,
+            [rows[at : at + 6] for at in range(0, 24, 6)],
+            objective=objective,
+            reference=reference,
+            section=section,
+            learning_rate=RATE,
+            total_steps=4,
+            workers=workers,
+        )
+    ]
+    merge = {"merge": partial(zero.merge_in_slices, dtype=torch.float32)} if world else {}
+    # Five rows on four ranks: one has two, none may wait.
+    exported, measured = measure_exported(
+        policy,
+        groups(5, seed=2, reference=section.reference == "precomputed"),
+        objective=objective,
+        reference=reference,
+        section=section,
+        workers=workers,
+        **merge,
+    )
+    if folder := settings.get("export"):
+        place = Path(folder, "ranks" if world else "one")
+        if world:
+            zero._FILE_BYTES = 40_000
+            zero.save_in_slices(exported, None if rank else place, dtype=torch.float32)
+        else:
+            exported.model.save_pretrained(place)
+    told["held_out"] = [(row.pair_id, row.margin, row.chosen_logp) for row in measured.pairs]
+    if world and section.reference == "sharded":
+        told["reference"] = {"peak": held.peak, "slices": held.slices, "total": held.total, "largest": held.largest}
+    return told
+
+
+if __name__ == "__main__":
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    found = main(rank, world, json.loads(Path(sys.argv[3]).read_text()))
+    Path(sys.argv[4]).write_text(json.dumps(found))
