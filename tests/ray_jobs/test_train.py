@@ -258,6 +258,7 @@ def test_a_worker_that_no_node_can_hold_is_refused(cluster, stage):
             train(home, ledger, asked, snapshot_id, run_id=f"large-{len(told)}")
 
 
+@pytest.mark.full
 def test_a_run_that_cannot_leave_its_model_is_a_failed_run(unbroken, stage, monkeypatch):
     home, ledger, _, snapshot_id, sft = stage
 

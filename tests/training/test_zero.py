@@ -51,7 +51,11 @@ def run(folder: Path, world: int, settings: dict) -> list[dict]:
         (2, {"adapter": "full", "reference": "sharded"}),
         pytest.param(4, {"adapter": "full", "reference": "sharded"}, marks=pytest.mark.full),
         pytest.param(2, {"adapter": "full"}, marks=pytest.mark.full),
-        (2, {"adapter": "lora", "reference": "adapter_off", "lora": {"target_modules": ["q_proj", "v_proj"]}}),
+        pytest.param(
+            2,
+            {"adapter": "lora", "reference": "adapter_off", "lora": {"target_modules": ["q_proj", "v_proj"]}},
+            marks=pytest.mark.full,
+        ),
         pytest.param(
             2,
             {"adapter": "lora", "lora": {"target_modules": ["q_proj", "down_proj"], "variant": "rslora"}},
