@@ -130,7 +130,7 @@ def test_our_own_gateway_judges_through_the_same_path_and_a_small_model_is_told_
             timeout=1500,
         )
     finally:
-        subprocess.run([sys.executable, "-m", "serving.deploy", str(path), "--stop"], check=False, timeout=120)
+        subprocess.run([sys.executable, "-m", "serving.deploy", "--stop"], check=True, timeout=120)
     assert done.returncode == 3, done.stderr
     with ledger.read() as session:
         row = session.query(EvaluationRow).one()
