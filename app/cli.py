@@ -33,6 +33,7 @@ cli = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value.")]
 Actor = Annotated[str | None, typer.Option(help="Who acts, for the audit log; default: the user.")]
+_ROUNDS = 3
 _DEMO_RECIPE = Path("recipes/demo_only.yaml")
 
 
@@ -187,6 +188,18 @@ def loop(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     _job("loop", recipe, overrides)
 
 
+@cli.command(
+    # What follows is the child's to read, its `--help` and `--` too.
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
+    options_metavar="",
+)
+def jobs(
+    arguments: Annotated[list[str], typer.Argument(metavar="submit|list|logs|stop ...", help="See `jobs --help`.")],
+) -> None:
+    """Submit jobs to a Ray cluster, list them, read what they print, stop them."""
+    _run([sys.executable, "-m", "ray_jobs.jobs", *arguments])
+
+
 @cli.command()
 def serve(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")] = None,
@@ -298,7 +311,9 @@ def calibrate(
 
 @cli.command()
 def bench(
-    what: Annotated[Literal["train", "ablate"], typer.Argument(help="The trainer against TRL's, or its parts.")],
+    what: Annotated[
+        Literal["train", "ablate", "scale"], typer.Argument(help="The trainer against TRL's, its parts, its workers.")
+    ],
     data: Annotated[Path, typer.Option(help="Preference data, as for `import`.")],
     pairs: Annotated[int, typer.Option(help="Pairs, at most.", min=1)] = 64,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt and one answer together.", min=8)] = 512,
@@ -306,14 +321,14 @@ def bench(
     lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,
     groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Cut prompts to their last tokens.", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = _ROUNDS,
     model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
     expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 where it is missed.")] = [],  # noqa: B006
     into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,
 ) -> None:
-    """Measure speed as ratios on the same work in the same run: against TRL, or without one technique at a time."""
-    from app.bench.command import BenchSettings, bench_ablate, bench_train
+    """Measure speed as ratios on the same work in the same run: against TRL, without one technique, on more workers."""
+    from app.bench.command import BenchSettings, bench_ablate, bench_train, bench_workers
 
     settings = BenchSettings(
         data=data,
@@ -331,14 +346,16 @@ def bench(
     if into is not None and not into.resolve().parent.is_dir():
         msg = f"`--json {into}`: there is no folder `{into.resolve().parent}`"
         raise RecipeError(msg)
-    if what == "ablate" and expect:
-        msg = "--expect has no effect on `bench ablate`: remove it"
+    if what != "train" and expect:
+        msg = f"--expect has no effect on `bench {what}`: remove it"
         raise RecipeError(msg)
-    outcome = (
-        bench_train(_home(), settings, expect=expect, say=say, tell=typer.echo)
-        if what == "train"
-        else bench_ablate(_home(), settings, say=say, tell=typer.echo)
-    )
+    if what == "scale" and (groups or prompt_tokens or rounds != _ROUNDS):
+        msg = "--groups, --prompt-tokens and --rounds have no effect on `bench scale`: remove them"
+        raise RecipeError(msg)
+    if what == "train":
+        outcome = bench_train(_home(), settings, expect=expect, say=say, tell=typer.echo)
+    else:
+        outcome = {"ablate": bench_ablate, "scale": bench_workers}[what](_home(), settings, say=say, tell=typer.echo)
     if into is not None:
         into.write_text(json.dumps(outcome.tree, indent=1), encoding="utf-8")
     raise typer.Exit(1 if outcome.missed else 0)

@@ -7,7 +7,8 @@ PrefloopError
 ├── LedgerError      the ledger refuses a write or cannot be read
 ├── ServiceError     a running service (gateway, Ray) is missing, refuses or answers wrongly
 ├── TrainingError    a run stopped: no usable pairs, a non-finite loss, a failed self-check
-│   └── WorkersLost  workers died more often than allowed; the run continues from its last checkpoint
+│   ├── WorkersLost  workers died more often than allowed; the run continues from its last checkpoint
+│   └── OutOfMemory  a worker's memory did not hold a micro-batch; the run continues with smaller ones
 └── Interrupted      the user stopped the command; what was acknowledged is still there
 
 The command line prints the message without a traceback and leaves with ``exit_code``. A gate that holds is no error:
@@ -49,6 +50,10 @@ class TrainingError(PrefloopError):
 
 class WorkersLost(TrainingError):  # noqa: N818
     """Workers died more often than allowed; the run can continue."""
+
+
+class OutOfMemory(TrainingError):  # noqa: N818
+    """A worker's memory did not hold a micro-batch."""
 
 
 class Interrupted(PrefloopError):  # noqa: N818

@@ -6,6 +6,7 @@ durable when the call returns: SQLite runs with a rollback journal and synchrono
 ledger keeps their ids. This module knows nothing of HTTP, Ray or models.
 """
 
+import fcntl
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -349,6 +350,34 @@ class Ledger:
             options["isolation_level"] = "REPEATABLE READ"
         with Session(self.engine.execution_options(**options), expire_on_commit=False) as session:
             yield session
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[bool]:
+        """Yield whether this process alone holds `name`, until the block ends or the process dies.
+
+        PostgreSQL keeps the lock with a connection, SQLite with a file beside the database.
+        """
+        if self.engine.dialect.name == "postgresql":
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                # A machine that lost its power closes nothing: the server must find out by itself, and not after hours.
+                for setting, value in (("idle", 30), ("interval", 10), ("count", 3)):
+                    connection.execute(sa.text(f"SET tcp_keepalives_{setting} = {value}"))
+                query = sa.text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+                try:
+                    yield bool(connection.scalar(query, {"name": f"prefloop:{name}"}))
+                finally:
+                    # Back in the pool it would keep the lock and the settings.
+                    connection.invalidate()
+            return
+        folder = Path(str(self.engine.url.database)).parent / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
     def record_response(self, response: ResponseRow) -> None:
         """Store a response; the same id again is refused."""

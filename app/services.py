@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import httpx
 
 from app.errors import ServiceError
-from app.storage import Home, write_atomically
+from app.storage import Home, same_signature, signature, write_atomically
 
 APPLICATION = "prefloop"
 """Name of the application in Ray Serve."""
 REPLICA = "Replica"
 """Name of the Serve deployment whose `user_config` names the model."""
 _FILE = "services.json"
+_PURPOSE = b"prefloop services/1\n"
 _INNER_NAMES = (".svc", ".cluster.local", ".internal", ".local", ".localhost")
 
 
@@ -55,21 +57,33 @@ class Services:
 
     @classmethod
     def read(cls, home: Home) -> "Services | None":
-        """Return what is recorded in a home, or None; raises ServiceError where the file is damaged."""
-        path = home.local(_FILE)
+        """Return what is recorded in a home, or None; where the home is no folder of this machine, as it was signed.
+
+        Raises:
+            ServiceError: the file is damaged, or not signed with the home's key: a token goes where it points.
+        """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(home.filesystem.cat_file(home.path(_FILE)))
+            if not home.is_local:
+                expected = signature(found["record"], home.signing_key(), purpose=_PURPOSE)
+                if not same_signature(found["signature"], expected):
+                    msg = f"`{home.uri}/{_FILE}` is not signed with this home's key, so nobody is asked where it points\n\nHint: start the service again with `prefloop serve`."
+                    raise ServiceError(msg)
+                found = found["record"]
+            return cls(**found)
         except FileNotFoundError:
             return None
-        except (TypeError, ValueError) as error:
-            msg = (
-                f"`{path}` is damaged ({error})\n\nHint: remove it, and start the service again with `prefloop serve`."
-            )
+        except (TypeError, ValueError, KeyError) as error:
+            msg = f"`{home.uri}/{_FILE}` is damaged ({error})\n\nHint: remove it, and start the service again with `prefloop serve`."
             raise ServiceError(msg) from None
 
     def write(self, home: Home) -> None:
         """Record the service in a home."""
-        write_atomically(home.filesystem, str(home.local(_FILE)), json.dumps(asdict(self), indent=1).encode())
+        record: dict[str, Any] = asdict(self)
+        if not home.is_local:
+            # Others may write to a store; a folder is its owner's.
+            record = {"record": record, "signature": signature(record, home.signing_key(), purpose=_PURPOSE)}
+        write_atomically(home.filesystem, home.path(_FILE), json.dumps(record, indent=1).encode())
 
     def healthy(self) -> bool:
         """Ask the gateway whether it can answer."""
@@ -86,7 +100,8 @@ class Services:
 
 def forget_services(home: Home) -> None:
     """Remove the record of a service that has ended."""
-    home.local(_FILE).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        home.filesystem.rm_file(home.path(_FILE))
 
 
 class ServeApi:

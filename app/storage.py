@@ -5,7 +5,7 @@ A *home* is a folder or any fsspec URI:
     home/
       ledger.db            the SQL ledger, unless PREFLOOP_LEDGER names another
       api_key              key of the gateway (0600)
-      signing_key          key that signs verdicts (0600)
+      signing_key          key that signs verdicts and checkpoints (0600)
       pairs/ID/            part-*.parquet, quarantine-*.parquet, manifest.json      immutable, content-addressed
       training/ID/         train-*.parquet, held_out-*.parquet, manifest.json       immutable, content-addressed
       models/ID/           safetensors, tokenizer, config, manifest.json          immutable
@@ -19,11 +19,12 @@ know what the files mean.
 """
 
 import hashlib
+import hmac
 import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,17 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from app.errors import DataError
-from app.schemas import SCHEMA_VERSION, check_schema, content_hash
+from app.schemas import SCHEMA_VERSION, canonical_json, check_schema, content_hash
 
 HOME_VARIABLE = "PREFLOOP_HOME"
 LEDGER_VARIABLE = "PREFLOOP_LEDGER"
 SIGNING_VARIABLE = "PREFLOOP_SIGNING_KEY"
+API_KEY_VARIABLE = "PREFLOOP_API_KEY"
 _SHORTEST_KEY = 32
 MANIFEST = "manifest.json"
 UNDIGESTED = ("README.md",)
@@ -50,6 +53,12 @@ JUDGEMENTS = "judgements"
 """Of an evaluation: every comparison, as Parquet."""
 _CHUNK = 1 << 20
 _RAY_WORKING_DIRECTORY = "working_dir_files"
+
+
+def _place(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    # Object stores remember what they listed, and other processes write.
+    filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return filesystem, str(path)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Home:
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system that holds the home."""
-        return fsspec.core.url_to_fs(self.uri)[0]
+        return _place(self.uri)[0]
 
     @property
     def ledger_url(self) -> str:
@@ -100,7 +109,11 @@ class Home:
         if not self.is_local:
             msg = f"`{'/'.join(parts)}` needs a local folder, the home is `{self.uri}`"
             raise DataError(msg)
-        return Path(fsspec.core.url_to_fs(self.uri)[1], *parts)
+        return Path(_place(self.uri)[1], *parts)
+
+    def path(self, *parts: str) -> str:
+        """Return a path inside the home as its file system has it."""
+        return "/".join([_place(self.uri)[1].rstrip("/"), *parts])
 
     def artifact(self, kind: str, name: str) -> "Artifact":
         """Return the artifact `kind/name`, which need not exist."""
@@ -108,30 +121,33 @@ class Home:
 
     def names(self, kind: str) -> list[str]:
         """List the complete artifacts of a kind, sorted."""
-        filesystem, root = fsspec.core.url_to_fs(f"{self.uri}/{kind}")
+        filesystem, root = _place(f"{self.uri}/{kind}")
         return sorted(p.split("/")[-2] for p in filesystem.glob(f"{root}/*/{MANIFEST}"))
 
     def api_key(self) -> str:
-        """Return the gateway's key, made at the first call and readable by its owner only."""
-        return self._secret("api_key")
+        """Return the gateway's key: of the environment, or one made at the first call in a local home.
+
+        Raises:
+            DataError: the one of the environment is short, or the home is remote and there is none.
+        """
+        given = self._given_secret(API_KEY_VARIABLE, what="gateway's key", who="that serves or ships")
+        return given or self._secret("api_key")
 
     def signing_key(self) -> bytes:
-        """Return the key that signs verdicts: of the environment, or one made at the first call in a local home.
+        """Return the key that signs verdicts and checkpoints: of the environment, or one made at the first call in a local home.
 
-        Whoever can write to a local home can put another key there, and verdicts signed with it; only a key that lies
+        Whoever can write to a local home can put another key there, and what was signed with it; only a key that lies
         elsewhere keeps them out.
 
         Raises:
             DataError: the one of the environment is short, the home is remote and there is none, or somebody else can
                 read or write the file.
         """
-        given = os.environ.get(SIGNING_VARIABLE)
-        if given is not None and len(given) < _SHORTEST_KEY:
-            msg = f"{SIGNING_VARIABLE} has {len(given)} characters, {_SHORTEST_KEY} are needed\n\nHint: `openssl rand -hex 32` makes one."
-            raise DataError(msg)
-        if given is None and not self.is_local:
-            msg = f"home `{self.uri}` is remote, so the key that signs verdicts cannot be a file in it\n\nHint: set {SIGNING_VARIABLE}, to the same value for every job that evaluates or ships."
-            raise DataError(msg)
+        given = self._given_secret(
+            SIGNING_VARIABLE,
+            what="key that signs verdicts and checkpoints",
+            who="that trains, evaluates or ships",
+        )
         if given is not None:
             return given.encode()
         key, found = self._secret("signing_key"), self.local("signing_key").stat()
@@ -139,6 +155,16 @@ class Home:
             msg = f"`{self.local('signing_key')}` belongs to user {found.st_uid} with mode {found.st_mode & 0o777:o}, so others may have signed with it\n\nHint: make it yours alone (chmod 600), or set {SIGNING_VARIABLE}."
             raise DataError(msg)
         return key.encode()
+
+    def _given_secret(self, variable: str, *, what: str, who: str) -> str | None:
+        given = os.environ.get(variable) or None
+        if given is not None and len(given) < _SHORTEST_KEY:
+            msg = f"{variable} has {len(given)} characters, {_SHORTEST_KEY} are needed\n\nHint: `openssl rand -hex 32` makes one."
+            raise DataError(msg)
+        if given is None and not self.is_local:
+            msg = f"home `{self.uri}` is remote, so the {what} cannot be a file in it\n\nHint: set {variable}, to the same value for every job {who}."
+            raise DataError(msg)
+        return given
 
     def _secret(self, name: str) -> str:
         path = self.local(name)
@@ -172,39 +198,69 @@ class Artifact:
     @property
     def path(self) -> str:
         """Path of the folder on its file system."""
-        return str(fsspec.core.url_to_fs(self.uri)[1])
+        return _place(self.uri)[1]
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The file system that holds the folder."""
-        return fsspec.core.url_to_fs(self.uri)[0]
+        return _place(self.uri)[0]
 
     def exists(self) -> bool:
         """True when the artifact is complete."""
         return bool(self.filesystem.exists(f"{self.path}/{MANIFEST}"))
 
-    def manifest(self) -> dict[str, Any]:
-        """Read the manifest; raises DataError where it is missing, damaged or of a newer version."""
+    def manifest(self, *, key: bytes | None = None, purpose: bytes = b"") -> dict[str, Any]:
+        """Read the manifest, and where there is a key, believe it only with its signature.
+
+        Raises:
+            DataError: it is missing, damaged, of a newer version or not signed with the key.
+        """
         place = f"{self.uri}/{MANIFEST}"
         try:
-            manifest = json.loads(self.filesystem.cat_file(f"{self.path}/{MANIFEST}"))
+            found: Any = json.loads(self.filesystem.cat_file(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError:
             msg = f"no complete artifact at `{self.uri}` (it has no {MANIFEST})"
             raise DataError(msg) from None
         except ValueError as error:
             msg = f"`{place}` is damaged: {error}"
             raise DataError(msg) from None
-        if not isinstance(manifest, dict) or manifest.get("schema_version", 0) > SCHEMA_VERSION:
+        version = found.get("schema_version", 0) if isinstance(found, dict) else None
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
             msg = f"`{place}` was written by a newer prefloop (this one reads up to version {SCHEMA_VERSION})"
             raise DataError(msg)
+        manifest: dict[str, Any] = found
+        if key is not None:
+            signed = {name: value for name, value in manifest.items() if name != "signature"}
+            if not same_signature(manifest.get("signature"), signature(signed, key, purpose=purpose)):
+                msg = f"`{place}` is not signed with this home's key, so nothing of it is read"
+                raise DataError(msg)
         return manifest
 
-    def write_manifest(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Hash every file of the folder and write the manifest, which completes the artifact."""
+    def write_manifest(
+        self,
+        content: dict[str, Any],
+        *,
+        files: dict[str, dict[str, Any]] | None = None,
+        key: bytes | None = None,
+        purpose: bytes = b"",
+    ) -> dict[str, Any]:
+        """Write the manifest, which completes the artifact.
+
+        Args:
+            content: what it says beside the files.
+            files: sha256 and size of each, by who wrote them; default: of every file that is there.
+            key: signs it, for `purpose`.
+            purpose: keeps a signature of one kind from standing for another.
+        """
         filesystem, root = self.filesystem, self.path
-        names = sorted(str(p).removeprefix(f"{root}/") for p in filesystem.find(root))
-        files = {n: file_digest(filesystem, f"{root}/{n}") for n in names if n != MANIFEST and not n.startswith(".")}
+        if files is None:
+            names = sorted(str(p).removeprefix(f"{root}/") for p in filesystem.find(root))
+            files = {
+                n: file_digest(filesystem, f"{root}/{n}") for n in names if n != MANIFEST and not n.startswith(".")
+            }
         manifest = {**content, "schema_version": SCHEMA_VERSION, "files": files}
+        if key is not None:
+            manifest = {**manifest, "signature": signature(manifest, key, purpose=purpose)}
         write_atomically(filesystem, f"{root}/{MANIFEST}", json.dumps(manifest, indent=1, sort_keys=True).encode())
         return manifest
 
@@ -216,15 +272,19 @@ class Artifact:
         """
         manifest = self.manifest()
         for name, expected in manifest["files"].items():
-            try:
-                found = file_digest(self.filesystem, f"{self.path}/{name}")
-            except FileNotFoundError:
-                msg = f"`{self.uri}` lacks the file `{name}` that its manifest names"
-                raise DataError(msg) from None
-            if found != expected:
-                msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
-                raise DataError(msg)
+            self.verify_file(name, expected)
         return manifest
+
+    def verify_file(self, name: str, expected: Mapping[str, Any]) -> None:
+        """Compare one file with its sha256 and size; raises DataError where it is missing or differs."""
+        try:
+            found = file_digest(self.filesystem, f"{self.path}/{name}")
+        except FileNotFoundError:
+            msg = f"`{self.uri}` lacks the file `{name}` that its manifest names"
+            raise DataError(msg) from None
+        if found != expected:
+            msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
+            raise DataError(msg)
 
     def content_digest(self, *, without: Sequence[str] = ()) -> str:
         """Return the hash of all files that the manifest names, 32 hex digits; `verify` compares the files themselves."""
@@ -232,13 +292,13 @@ class Artifact:
         return content_hash(files)
 
     @contextmanager
-    def local_copy(self) -> Iterator[Path]:
-        """Yield the folder on this machine: itself where it is local, else a temporary copy."""
+    def local_copy(self, names: Iterable[str] | None = None) -> Iterator[Path]:
+        """Yield the folder on this machine: itself where it is local, else a temporary copy, of some files if named."""
         if isinstance(self.filesystem, LocalFileSystem):
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory(prefix="prefloop-copy-") as scratch:
-            for name in [*self.manifest()["files"], MANIFEST]:
+            for name in [*self.manifest()["files"], MANIFEST] if names is None else names:
                 target = Path(scratch, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.filesystem.get_file(f"{self.path}/{name}", str(target))
@@ -309,6 +369,27 @@ def read_parquet(filesystem: fsspec.AbstractFileSystem, path: str, schema: pa.Sc
         check_schema(table.schema, schema, place=path)
         table = table.select(schema.names)
     return table
+
+
+def arrow_filesystem(uri: str) -> pa.fs.FileSystem | None:
+    """Return how pyarrow reads a place that it does not know itself; None where it does, by the URI alone."""
+    try:
+        pa.fs.FileSystem.from_uri(uri if "://" in uri else Path(uri).as_uri())
+    except pa.ArrowInvalid:
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(_place(uri)[0]))
+    return None
+
+
+def signature(content: Mapping[str, Any], key: bytes, *, purpose: bytes) -> str:
+    """Return the HMAC-SHA256 (RFC 2104) of plain values under a key, in hex; `purpose` keeps one kind from standing for another."""
+    # As they are read back: a tuple is a list then.
+    plain = json.loads(json.dumps(dict(content)))
+    return hmac.new(key, purpose + canonical_json(plain).encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def same_signature(given: object, expected: str) -> bool:
+    """Compare in constant time; what is no text is no signature."""
+    return isinstance(given, str) and hmac.compare_digest(given.encode(), expected.encode())
 
 
 def file_digest(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:

@@ -10,15 +10,13 @@ Exit code 3: the gate holds.
 """
 
 import argparse
-import fcntl
 import functools
 import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +26,16 @@ from rich.console import Console
 from app.config import Recipe
 from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
-from app.errors import HOLD_EXIT_CODE, DataError, PrefloopError, RecipeError, ServiceError, TrainingError, WorkersLost
+from app.errors import (
+    HOLD_EXIT_CODE,
+    DataError,
+    OutOfMemory,
+    PrefloopError,
+    RecipeError,
+    ServiceError,
+    TrainingError,
+    WorkersLost,
+)
 from app.evaluation.learning import Learning
 from app.evaluation.material import read_material
 from app.evaluation.prompts import load_prompts
@@ -41,6 +48,7 @@ from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
 from ray_jobs.evaluate import evaluate, require_answered
+from ray_jobs.preflight import preflight
 from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
@@ -132,22 +140,12 @@ class LoopRun:
 
 def run_loop(session: Session, console: Console) -> int:
     """Run one round and return the exit code."""
-    with _alone(session.home, session.recipe.name):
+    name = session.recipe.name
+    with session.ledger.alone(f"loop-{name}") as alone:
+        if not alone:
+            msg = f"a loop of recipe `{name}` is running in `{session.home.uri}` already\n\nHint: wait for it, or stop it."
+            raise ServiceError(msg)
         return _run_round(session, console)
-
-
-@contextmanager
-def _alone(home: Home, name: str) -> Iterator[None]:
-    """Refuse a second loop of the same recipe in the same home while the first is alive."""
-    path = home.local("locks", f"loop-{name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            msg = f"a loop of recipe `{name}` is running in `{home.uri}` already\n\nHint: wait for it, or stop it."
-            raise ServiceError(msg) from None
-        yield
 
 
 def _run_round(session: Session, console: Console) -> int:
@@ -162,7 +160,7 @@ def _run_round(session: Session, console: Console) -> int:
         raise
     except PrefloopError as error:
         # The same data would fail again, so the next call begins a new round; but no training is ever thrown away.
-        hopeless = isinstance(error, DataError | TrainingError) and not isinstance(error, WorkersLost)
+        hopeless = isinstance(error, DataError | TrainingError) and not isinstance(error, WorkersLost | OutOfMemory)
         run.end("failed" if hopeless and "train" not in run.metrics["stages"] else "stopped", error=str(error))
         raise
     shipped = run.metrics["stages"].get("ship", {})
@@ -256,6 +254,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 
 def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
     require_train_room(recipe)
+    preflight(home, home.ledger_url)
     require_trackers(recipe.track, home)
     row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)
     print_summary(console, row)

@@ -36,7 +36,7 @@ from app.models import LoadedModel, ensure_sft, load_model
 from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import step_groups
-from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Replicated, SingleWorker
 from app.training.loop import StepReport, optimise
 from app.training.objectives import load_objective
@@ -150,9 +150,11 @@ def resume(bench: Bench) -> str:
     identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest")
     first = _engine(bench, section)
     _optimise(first, section, steps[:half], len(steps), done=0)
-    save_checkpoint(bench.home, identity, first, SingleWorker(), step=half, reports=())
+    writer = Checkpoints(bench.home, identity, SingleWorker())
+    writer.save(first, step=half)
+    writer.finish()
     second = _engine(bench, section)
-    done = load_newest(bench.home, identity, second, SingleWorker()).step
+    done = Checkpoints(bench.home, identity, SingleWorker()).load_newest(second).step
     _optimise(second, section, steps[done:], len(steps), done=done)
     ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m.policy).values()]) for m in (second, whole))
     apart = float((ours - theirs).norm() / theirs.norm())

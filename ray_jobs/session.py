@@ -29,6 +29,10 @@ from app.storage import HOME_VARIABLE, Home
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 _FREED_S = 5.0
+STALL_S = 60.0
+"""A train worker that does not answer for so long is given up, and its run goes on from the newest checkpoint."""
+COLLECTIVE_TIMEOUT_S = 600
+"""How long workers wait for one another in a collective; the first rank may measure or hash alone meanwhile."""
 _CHATTY = (
     "ray.train",
     # Ray Data configures its own `ray.data` logger when it first runs; what lies below it keeps its level.
@@ -92,6 +96,9 @@ def ray_cluster(home: Home) -> Any:
     # Its controller takes one report from each worker at a time, and asks again after this many seconds (2 by default):
     # no run could be faster than one step in that time.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Its own are ten minutes for a worker that does not answer, and none for one that never reports.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{STALL_S:.0f}")
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", f"{2 * COLLECTIVE_TIMEOUT_S}")
     arguments: dict[str, Any] = {
         # What a worker prints is in Ray's logs; an error of a worker reaches the driver as an exception.
         "log_to_driver": False,
@@ -184,7 +191,7 @@ def _running_cluster(home: Home) -> str | None:
     """Return the address of the cluster to join: the environment's, the recorded service's, or none."""
     if address := os.environ.get("RAY_ADDRESS"):
         return address
-    services = Services.read(home) if home.is_local else None
+    services = Services.read(home)
     if services is not None and ServeApi(services.ray_dashboard_url).reachable():
         return services.ray_address
     return None

@@ -239,7 +239,7 @@ def _move(
 
 def _serve(home: Home, champion: ChampionRow, *, timeout_s: float) -> bool:
     """Make every replica serve the champion; False where no service of its deployment runs."""
-    services = Services.read(home) if home.is_local else None
+    services = Services.read(home)
     if services is None or services.deployment != champion.deployment:
         return False
     if not ServeApi(services.ray_dashboard_url).reachable():
@@ -273,7 +273,11 @@ def _tell(home: Home, champion: ChampionRow) -> int:
     application = next((a for a in config["applications"] if a["name"] == APPLICATION), None)
     if application is None:
         raise ServiceError(f"Ray Serve at `{api.url}` has no application `{APPLICATION}`")
-    replica = next(d for d in application["deployments"] if d["name"] == REPLICA)
+    deployments = application.setdefault("deployments", [])
+    replica = next((d for d in deployments if d["name"] == REPLICA), None)
+    if replica is None:  # a manifest leaves out what it does not change
+        replica = {"name": REPLICA}
+        deployments.append(replica)
     replica["user_config"] = {"model_id": champion.model_id, "revision": champion.revision}
     api.put(config)
     details = api.details()["applications"][APPLICATION]["deployments"].get(REPLICA, {})

@@ -12,25 +12,27 @@ import dataclasses
 import sys
 import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
-from app.errors import DataError, ModelError, PrefloopError, RecipeError, TrainingError, WorkersLost
+from app.errors import DataError, ModelError, OutOfMemory, PrefloopError, RecipeError, TrainingError, WorkersLost
 from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, model_width, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import Split, content_hash
-from app.storage import Artifact, Home
+from app.storage import Artifact, Home, arrow_filesystem
 from app.training.checkpoints import RunIdentity
 from app.training.held_out import Measures
 from app.training.judgements import balanced, distinct
@@ -44,9 +46,10 @@ from app.training.snapshots import (
     read_groups,
     train_files,
 )
+from ray_jobs.preflight import preflight
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, require_room, run_job
+from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
@@ -55,6 +58,7 @@ from ray_jobs.worker import (
     epoch_dataset,
     held_out_measures,
     reference_memory,
+    said,
     summary,
     train_worker,
 )
@@ -64,6 +68,9 @@ _FEWEST_STEPS = 32
 
 _READ_CPUS = 0.25
 """Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
+
+_HALVINGS = 2
+"""How often the token budget of a micro-batch is halved where memory does not hold it."""
 
 _REFUSALS = (TrainingError, ModelError, RecipeError)
 """What a worker raises on purpose, and would raise again."""
@@ -95,25 +102,33 @@ class StepRecorder(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
         """Store rank 0's metrics; a step that is done again after a restart replaces its old row."""
-        if self._ledger is None:
-            self._ledger = Ledger.open(self.ledger_url)
-        report = metrics[0]
+        ledger, report = self._opened(), metrics[0]
         if "step" not in report:
-            self._ledger.audit("train", "note", self.run_id, report)
+            ledger.audit("train", "note", self.run_id, report)
             return
-        with self._ledger.write() as session:
+        with ledger.write() as session:
             row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
             session.merge(row)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """End the run where a worker refused its model or reference: another attempt would only refuse it again.
+        """Note that workers failed, and end the attempt where another one like it would only fail again.
 
         Ray Train raises what a callback raises to the driver, as the `controller_failure` of a `ControllerError`, and
-        retries none of it. A DataError may be a storage that was away for a moment, so it is tried again.
+        retries none of it: a worker that refused its model or reference, or one whose memory was too small, which Ray
+        itself may have killed for it. A DataError may be a storage that was away for a moment, so it is tried again.
         """
+        failed = {str(rank): said(error, -1)[:300] for rank, error in worker_exceptions.items()}
+        self._opened().audit("train", "workers_failed", self.run_id, failed)
         for error in worker_exceptions.values():
             if isinstance(error, _REFUSALS):
                 raise error
+            if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in str(error):
+                raise OutOfMemory(said(error, 0)) from error
+
+    def _opened(self) -> Ledger:
+        if self._ledger is None:
+            self._ledger = Ledger.open(self.ledger_url)
+        return self._ledger
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
@@ -178,7 +193,7 @@ def train(
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
     try:
-        _fit(home, recipe, snapshot, task)
+        _fit_in_memory(home, ledger, recipe, task, console=console)
         result = _finish(home, ledger, recipe, task)
         follower.end((task.total_steps, tracked(result.metrics)))
         return result
@@ -277,10 +292,30 @@ def require_train_room(recipe: Recipe) -> None:
     require_room(recipe.workers, recipe.workers.workers, reading=_READ_CPUS)
 
 
-def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> None:
-    workers = recipe.workers
-    require_train_room(recipe)
-    options = ray.data.ExecutionOptions(preserve_order=True)
+def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, *, console: Console | None) -> None:
+    """Train, with half of the tokens in a micro-batch where a worker's memory does not hold them; steps stay the same.
+
+    Raises:
+        TrainingFailedError: as `fit` does, also where half and a quarter of the tokens are too many.
+    """
+    for attempt in range(_HALVINGS + 1):
+        try:
+            _fit(home, recipe, task)
+            return
+        except TrainingFailedError as error:
+            refusal = getattr(error, "controller_failure", None)
+            if not isinstance(refusal, OutOfMemory) or attempt == _HALVINGS:
+                raise
+            tokens = task.section.micro_batch_tokens // 2
+            told = f"a worker's memory did not hold {task.section.micro_batch_tokens} tokens: going on with micro-batches of {tokens} ({refusal})"
+            ledger.audit("train", "note", task.identity.run_id, {"note": told})
+            if console is not None:
+                console.print(f"warning: {told}", highlight=False, markup=False)
+            task = dataclasses.replace(task, section=task.section.model_copy(update={"micro_batch_tokens": tokens}))
+
+
+def epoch_datasets(home: Home, files: Sequence[TrainFile], *, seed: int, epochs: int) -> dict[str, Any]:
+    """Return what reads the rows of each epoch, in its order, by the names under which workers find it."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -288,30 +323,48 @@ def _fit(home: Home, recipe: Recipe, snapshot: Artifact, task: TrainTask) -> Non
     # The newer reader packs row groups into bins as they fit, which loses the order of files, and starts 32 actors for
     # the footers of one file.
     context.use_datasource_v2 = False
-    filesystem = snapshot.filesystem
-    epochs: dict[str, Any] = {}
-    for epoch in range(task.epochs):
-        ordered = epoch_files(task.files, seed=task.section.seed, epoch=epoch)
-        paths = [filesystem.unstrip_protocol(file.path) for file in ordered]
+    filesystem, arrow = home.filesystem, arrow_filesystem(home.uri)
+    found: dict[str, Any] = {}
+    for epoch in range(epochs):
+        ordered = epoch_files(files, seed=seed, epoch=epoch)
+        paths = [filesystem.unstrip_protocol(file.path) if arrow is None else file.path for file in ordered]
         # A path that is listed twice in one read vanishes, and a union of ordered data sets takes blocks in turn.
-        read = ray.data.read_parquet(paths, override_num_blocks=len(paths), num_cpus=_READ_CPUS)
-        epochs[epoch_dataset(epoch)] = read
+        read = ray.data.read_parquet(paths, filesystem=arrow, override_num_blocks=len(paths), num_cpus=_READ_CPUS)
+        found[epoch_dataset(epoch)] = read
+    return found
+
+
+def stream_config() -> DataConfig:
+    """Return how workers are given them: whole and in order, since one rank reads for all."""
+    return DataConfig(datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True))
+
+
+def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
+    workers = recipe.workers
+    require_train_room(recipe)
+    preflight(home, home.ledger_url)
     attempt = uuid.uuid4().hex[:8]
+    arrow = arrow_filesystem(home.uri)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers.workers,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
         ),
-        datasets=epochs,
-        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
+        datasets=epoch_datasets(home, task.files, seed=task.section.seed, epochs=task.epochs),
+        dataset_config=stream_config(),
         run_config=RunConfig(
             # Ray's own snapshot of a run is not written atomically, so no attempt ever reads another's.
             name=f"{task.identity.run_id}-{attempt}",
-            storage_path=f"{home.uri}/runs/{task.identity.run_id}/ray",
+            storage_path=f"{home.uri}/runs/{task.identity.run_id}/ray"
+            if arrow is None
+            else home.path("runs", task.identity.run_id, "ray"),
+            storage_filesystem=arrow,
             # The annotations in `ray.train` are those of Train V1, the classes those of V2.
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             callbacks=[StepRecorder(home.ledger_url, task.identity.run_id)],  # type: ignore[list-item]
@@ -474,6 +527,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
             require_pairs(recipe, usable_rows(recipe, pairs))
             require_train_room(recipe)
+            preflight(home, home.ledger_url)
             require_trackers(recipe.track, home)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,14 +26,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from app.config import TrainSection
-from app.errors import DataError, ModelError
+from app.errors import DataError, ModelError, OutOfMemory
 from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
 from app.models import DTYPES, LoadedModel, device_of, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.batch import step_groups
-from app.training.checkpoints import RunIdentity, load_newest, save_checkpoint
+from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
 from app.training.loop import optimise
@@ -47,6 +48,9 @@ RESULT = "result.json"
 EXPORT = "export"
 _READ_BATCH = 256
 _STEP_ZERO_GROUPS = 4
+_TOKEN_BYTES = 8
+_LOOK_S = 5.0
+"""How often to ask whether a node is about to be taken away; as often as Ray Train itself looks."""
 _CANARIES = 8
 _CANARY_TOKENS = 128
 _UNHEARD = 8
@@ -91,14 +95,36 @@ class DistributedWorkers:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device, self.sharded = device, sharded
+        self.collectives = self.collective_bytes = 0
+        """What this rank gave to collectives of ours since it was last asked; those of a sharding library are its own."""
+
+    def told(self) -> dict[str, int]:
+        """Return and forget what was given to collectives."""
+        found = {"collectives": self.collectives, "collective_bytes": self.collective_bytes}
+        self.collectives = self.collective_bytes = 0
+        return found
+
+    def _count(self, size: int) -> None:
+        self.collectives += 1
+        self.collective_bytes += size
+
+    def share(self, step: "_Step | None") -> "_Step":
+        """Return the step that the first rank has."""
+        shared = [step]
+        dist.broadcast_object_list(shared, src=0)
+        assert shared[0] is not None  # noqa: S101  the first rank has one
+        self._count(_TOKEN_BYTES * sum(group.num_tokens for group in shared[0].groups))
+        return shared[0]
 
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks, in place."""
+        self._count(tensor.numel() * tensor.element_size())
         dist.all_reduce(tensor)
 
     def gather(self, rows: list[Row]) -> list[Row]:
         """Return the rows of all ranks."""
         parts: list[list[Row]] = [[] for _ in range(self.size)]
+        self._count(0)
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
@@ -107,13 +133,37 @@ class DistributedWorkers:
         if not self.sharded:
             return batches
         most = torch.tensor([batches], device=self.device)
+        self._count(most.element_size())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0."""
+    """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0.
+
+    Raises:
+        OutOfMemory: the machine or the GPU has not enough for a micro-batch.
+    """
     task: TrainTask = settings["task"]
+    try:
+        _train(task)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(said(error, 0)) from error
+
+
+def said(error: BaseException, line: int) -> str:
+    """Return a line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch has an error of its own for the memory of a GPU alone.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _train(task: TrainTask) -> None:
     torch.set_num_threads(task.threads)
     device = device_of(ray.get_gpu_ids())
     home, section = task.home(), task.section
@@ -130,7 +180,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     held_out = read_groups(snapshot, Split.HELD_OUT)
     shown = held_out or _first_groups(task)
-    resumed = load_newest(home, task.identity, engine, workers)
+    checkpoints = Checkpoints(home, task.identity, workers)
+    resumed = checkpoints.load_newest(engine)
     if not resumed.step:
         few = _few(shown, section.micro_batch_tokens)
         check_packing(engine, few, section=section, workers=workers)
@@ -143,7 +194,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     common = _Common(objective=objective, reference=reference, section=section, workers=workers)
     unheard = deque(resumed.reports, maxlen=_UNHEARD)
-    steps = _shared_steps(task, workers, skip=resumed.step)
+    steps = SharedSteps(task, workers, skip=resumed.step)
+    warned: set[str] = set()
     for report in optimise(
         engine,
         steps,
@@ -157,23 +209,33 @@ def train_worker(settings: dict[str, Any]) -> None:
     ):
         sharding.look_away()
         metrics = asdict(report)
+        if isinstance(workers, DistributedWorkers):
+            metrics |= workers.told()
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
             metrics |= summary(measure(policy, held_out, **common))
         if section.canary_every and report.step % section.canary_every == 0 and workers.rank == 0:
             metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
-        if report.step % section.checkpoint_every == 0 or last:
-            save_checkpoint(home, task.identity, engine, workers, step=report.step, reports=tuple(unheard))
+        going = _nodes_going(steps) - warned
+        warned |= going
+        if report.step % section.checkpoint_every == 0 or last or going:
+            waited = checkpoints.save(
+                engine, step=report.step, reports=tuple(unheard), score=metrics.get("held_out_accuracy")
+            )
+            metrics["checkpoint_seconds"] = waited
+        if going:
+            checkpoints.finish()  # the node may be gone before the next step ends
         ray.train.report(metrics)
+    checkpoints.finish()
 
     exported, measures = measure_exported(policy, held_out, merge=sharding.merge, **common)
     from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
     if objective.unit == "good" or (objective.unit == "pairs" and not from_zero):
         untrained = sharding.frozen(task.start_model_id, _dtype(section), agreement=policy.agreement)
         measures = with_start(measures, measure(untrained, held_out, **common))
+    # The first rank writes the model alone; Ray Train waits for it, so the others need not, in a collective with a time limit.
     _export(task, sharding, exported, start.tokenizer, measures, workers, memory=sharding.memory())
-    _barrier(workers)
 
 
 class _Whole:
@@ -354,20 +416,45 @@ def _reference(task: TrainTask, sharding: _Whole, policy: ScoringModel) -> Refer
     return frozen(reference, task.section.dtype)
 
 
-def _shared_steps(task: TrainTask, workers: Workers, *, skip: int) -> Iterator[Sequence[Group]]:
-    """Yield the groups of each step, the same on every rank; rank 0 reads, the others listen."""
-    steps = _read_steps(task) if workers.rank == 0 else iter(())
-    for number in range(task.total_steps):
-        step = next(steps, None) if workers.rank == 0 else None
-        if workers.rank == 0 and step is None:
-            msg = f"the stream ended at step {number} of {task.total_steps}"
-            raise DataError(msg)
-        if number < skip:
-            continue
-        shared: list[Any] = [step]
-        if workers.size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        yield shared[0]
+@dataclass(frozen=True)
+class _Step:
+    groups: list[Group]
+    look: bool
+
+
+class SharedSteps:
+    """The groups of each step, the same on every rank; rank 0 reads, the others listen."""
+
+    def __init__(self, task: TrainTask, workers: Workers, *, skip: int) -> None:
+        self._task, self._workers, self._skip = task, workers, skip
+        self._looked = time.monotonic()
+        self.look = False
+        """Whether all ranks are to ask, after this step, if a node is about to go: now and then, and all of them or none."""
+
+    def __iter__(self) -> Iterator[Sequence[Group]]:
+        """Yield the groups of the steps that are left."""
+        task, first = self._task, self._workers.rank == 0
+        steps = _read_steps(task) if first else iter(())
+        for number in range(task.total_steps):
+            step = next(steps, None) if first else None
+            if first and step is None:
+                msg = f"the stream ended at step {number} of {task.total_steps}"
+                raise DataError(msg)
+            if number < self._skip:
+                continue
+            own = None if step is None else _Step(step, look=time.monotonic() - self._looked > _LOOK_S)
+            shared = self._workers.share(own) if isinstance(self._workers, DistributedWorkers) else own
+            assert shared is not None  # noqa: S101  a worker that is alone is the first
+            self.look = shared.look
+            if self.look:
+                self._looked = time.monotonic()
+            yield shared.groups
+
+
+def _nodes_going(steps: SharedSteps) -> set[str]:
+    """Return the nodes of this run's workers that are about to be taken away, as far as that was asked."""
+    info = ray.train.get_preemption_info() if steps.look else None
+    return set(info.preempted_node_ids) if info is not None else set()
 
 
 def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
@@ -495,8 +582,3 @@ def summary(measures: Measures) -> dict[str, float]:
         found["held_out_ties"] = sum(m == 0 for m in margins) / len(margins)
         found["held_out_margin"] = sum(margins) / len(margins)
     return found
-
-
-def _barrier(workers: Workers) -> None:
-    if workers.size > 1:
-        dist.barrier()

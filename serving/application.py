@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from app.config import ServingSection
 from app.errors import ServiceError
 from app.ledger import Ledger, ledger_name
-from app.services import REPLICA
+from app.services import REPLICA, Services
 from app.storage import Home
 from serving.gateway import Limits, create_app
 from serving.messages import Answer, Busy, Event, Question, Refusal, ReplicaStatus, Unavailable
@@ -101,12 +101,41 @@ class ReplicaSet:
         return [status if isinstance(status, ReplicaStatus) else silent for status in found]
 
 
+class StandingArgs(BaseModel):
+    """What an application is built from that a manifest describes: home and ledger are those of its nodes' environment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gateway_url: str
+    """Where jobs find the gateway."""
+    ray_dashboard_url: str
+    """Where jobs find Serve's API, to change the champion."""
+    serving: ServingSection = ServingSection()
+
+
+def standing(args: StandingArgs) -> Any:
+    """Build the application for whatever model is the champion, and record where it is.
+
+    For manifests, which live longer than a champion: replicas ask the ledger when they start, and when a manifest is applied
+    again, which forgets what `ship` had set.
+    """
+    home, deployment = Home.from_environment(), args.serving.deployment
+    Services(args.gateway_url, args.ray_dashboard_url, "auto", deployment=deployment).write(home)
+    service = ServiceArgs(home=home.uri, ledger=ledger_name(home.ledger_url), serving=args.serving)
+    return _application(service, user_config={"champion_of": deployment})
+
+
 def build(args: ServiceArgs) -> Any:
-    """Build the Serve application; which model it serves comes with `user_config`."""
+    """Build the Serve application; which model it serves comes with `user_config` of the deployed configuration."""
+    return _application(args, user_config=None)
+
+
+def _application(args: ServiceArgs, *, user_config: dict[str, Any] | None) -> Any:
     section = args.serving
     replica = serve.deployment(
         name=REPLICA,
         num_replicas=section.replicas,
+        user_config=user_config,
         # As many wait to join as are answered at once; what is beyond waits in the gateway and is counted there.
         max_ongoing_requests=2 * section.max_batch_size,
         max_queued_requests=section.max_queued_requests,

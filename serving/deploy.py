@@ -15,10 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,7 +38,7 @@ from app.services import (
     ray_token,
     submitted_runtime_env,
 )
-from app.storage import HOME_VARIABLE, Home
+from app.storage import API_KEY_VARIABLE, HOME_VARIABLE, Home
 
 _LOOPBACK = "127.0.0.1"
 _OWN_ERROR = f"{ServiceError.__module__}.{ServiceError.__qualname__}: "
@@ -177,7 +179,7 @@ def _start_cluster(home: Home) -> Services:
         # The application is drained before Ray is stopped; a node that drains once more only waits.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    log = home.local("ray.log")
+    log = home.local("ray.log") if home.is_local else Path(tempfile.gettempdir(), "prefloop-ray.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         # A session of its own: Ctrl-C in the terminal is for this process, which then stops Ray in order.
@@ -413,7 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = Ledger.open(home.ledger_url)
         _say("serve: starting (Ray, the champion, the gateway)")
         services = start(home, ledger, recipe, started_by=options.started_by)
-        _say(f"serve: {services.gateway_url} answers; the key is in {home.local('api_key')}")
+        key = API_KEY_VARIABLE if API_KEY_VARIABLE in os.environ else home.local("api_key")
+        _say(f"serve: {services.gateway_url} answers; the key is in {key}")
         if options.detach:
             _say("serve: detached; stop it with `prefloop serve --stop`")
             return 0

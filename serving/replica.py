@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.errors import PrefloopError, ServiceError
+from app.ledger import Ledger
 from app.storage import Home
 from serving.messages import Event, Question, ReplicaStatus
 
@@ -30,7 +31,8 @@ _log = logging.getLogger(__name__)
 class Replica:
     """One replica of the champion, as Ray Serve runs it.
 
-    `user_config` is `{"model_id": …, "revision": …}`. The first model is loaded before the replica is ready, and a
+    `user_config` is `{"model_id": …, "revision": …}`, or `{"champion_of": DEPLOYMENT}` in a manifest that lives longer than
+    a champion. The first model is loaded before the replica is ready, and a
     failure keeps it from becoming ready. Later ones are loaded in the background, because Serve sends a replica no
     requests while `reconfigure` runs; `status` tells how far that is.
     """
@@ -59,13 +61,13 @@ class Replica:
         self._loading = asyncio.Lock()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the model that the config names.
+        """Serve the model that the config names, or the champion of the deployment that it names.
 
         Raises:
             ServiceError: it is the first model and cannot be loaded. Later failures keep the model that serves and
                 are told by `status`.
         """
-        target = str(user_config["model_id"]), int(user_config["revision"])
+        target = self._named(user_config)
         self._target, self._error = target, None
         if self._engine.serving is None:
             try:
@@ -75,6 +77,18 @@ class Replica:
                 raise ServiceError(msg) from None
             return
         self._switch = asyncio.create_task(self._switch_to(target))
+
+    def _named(self, user_config: dict[str, Any]) -> tuple[str, int]:
+        if "champion_of" not in user_config:
+            return str(user_config["model_id"]), int(user_config["revision"])
+        deployment = str(user_config["champion_of"])
+        ledger = Ledger.open(self._home.ledger_url)
+        champion = ledger.champion(deployment)
+        ledger.close()
+        if champion is None:
+            msg = f"deployment `{deployment}` has no champion yet\n\nHint: the loop's first round makes the SFT checkpoint it."
+            raise ServiceError(msg)
+        return champion.model_id, champion.revision
 
     async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
         """Answer a question as `Engine.answer` does."""

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 # A thread that Ray Data leaves behind may call Ray after a module has shut it down, and would start it again.
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.evaluation.signature import sign_report
 from app.ledger import EvaluationRow, Ledger
 from app.storage import Home
+from tests.reliability import Claim, merged, table
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -107,3 +109,32 @@ def published() -> Path:
     if not folder.is_dir():
         pytest.skip("no published files beside the checkout")
     return folder
+
+
+_CLAIMS = pytest.StashKey[list[Claim]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", metavar="FILE", help="write the claims that were shown into this document")
+
+
+@pytest.fixture
+def claim(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Say what a test of a claim found: the claim, the figure, and the seed of what is random."""
+
+    def found(text: str, *, figure: str, seed: object = "") -> None:
+        test = request.node.nodeid.partition("[")[0]
+        request.config.stash.setdefault(_CLAIMS, []).append(Claim(text, test, figure, str(seed)))
+
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    claims = config.stash.get(_CLAIMS, [])
+    if not claims:
+        return
+    terminalreporter.section("claims that were shown")
+    terminalreporter.write_line(table(claims))
+    if place := config.getoption("--reliability"):
+        document = Path(place)
+        document.write_text(merged(document, claims), encoding="utf-8")

@@ -11,6 +11,7 @@ import psutil
 from app.bench.ablate import ablate
 from app.bench.flops import ModelShape, gemm_peak
 from app.bench.headline import compare_headline
+from app.bench.scale import ScaleSettings, bench_scale, overhead
 from app.bench.train import BATCH, Say, compare_trainers, require_rival
 from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import RecipeError
@@ -120,6 +121,27 @@ def bench_ablate(home: Home, settings: BenchSettings, *, say: Say, tell: Say) ->
         _tell(tell, [f"{kind}{_what(settings, work)}", *(row.line() for row in found)])
         tree[kind or "pairs"] = [asdict(row) for row in found]
     return Outcome(tree, [])
+
+
+def bench_workers(home: Home, settings: BenchSettings, *, say: Say, tell: Say) -> Outcome:
+    """Train with 1, 2, 4 and 8 workers."""
+    del home  # a run on a home that counts what is read of it needs one of its own
+    found = bench_scale(
+        ScaleSettings(
+            data=settings.data,
+            pairs=settings.pairs,
+            max_length=settings.max_length,
+            model=settings.model,
+            adapter=settings.adapter,
+            dtype=settings.dtype,
+            micro_batch_tokens=settings.micro_batch_tokens,
+        ),
+        say=say,
+    )
+    lines = [layout.line() for layout in found]
+    lost = overhead(found)
+    _tell(tell, [*lines, f"overhead of two workers with a thread each over one with two: {lost:+.1%}"])
+    return Outcome({"layouts": [asdict(layout) for layout in found], "overhead": lost}, [])
 
 
 def _what(settings: BenchSettings, work: Work) -> str:

@@ -5,14 +5,12 @@ can write to the ledger or to storage, but has not the key, can make no SHIP of 
 the key comes from; `Home.signing_key` does.
 """
 
-import hashlib
-import hmac
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 from app.ledger import EvaluationRow
-from app.schemas import canonical_json
+from app.storage import same_signature, signature
 
 _PURPOSE: Final = b"prefloop verdict/1\n"
 _COLUMNS: Final = ("evaluation_id", "deployment", "model_id", "model_digest", "champion_id", "sft_id", "verdict")
@@ -23,24 +21,19 @@ def sign_report(report: Mapping[str, Any], key: bytes) -> dict[str, Any]:
     """Return the report as it will be read back (plain JSON), with its signature."""
     plain: dict[str, Any] = json.loads(json.dumps({**report, "signature": None}))
     del plain["signature"]
-    return {**plain, "signature": _signature(plain, key)}
+    return {**plain, "signature": signature(plain, key, purpose=_PURPOSE)}
 
 
 def signature_fault(row: EvaluationRow, key: bytes) -> str:
     """Say why a stored verdict cannot be trusted; empty where it can."""
     report = dict(row.report)
-    signature = report.pop("signature", None)
-    if signature is None:
+    given = report.pop("signature", None)
+    if given is None:
         return "it is not signed"
-    if not isinstance(signature, str) or not hmac.compare_digest(signature, _signature(report, key)):
+    if not same_signature(given, signature(report, key, purpose=_PURPOSE)):
         return "its signature is not that of its report and of this home's key"
     changed = [name for name in _COLUMNS if report.get(name) != getattr(row, name)]
     if changed:
         name = changed[0]
         return f"the ledger's `{name}` is `{getattr(row, name)}`, the signed report says `{report.get(name)}`"
     return ""
-
-
-def _signature(report: Mapping[str, Any], key: bytes) -> str:
-    content = canonical_json(dict(report)).encode("utf-8", "surrogatepass")
-    return hmac.new(key, _PURPOSE + content, hashlib.sha256).hexdigest()

@@ -1,29 +1,52 @@
 """Resume checkpoints: what trains, the optimizer's state and the position, without a pickle.
 
 A checkpoint is a storage artifact with a safetensors file of each rank that keeps something; it is valid exactly when its
-manifest matches it, and the newest valid one wins. The manifest is written last, after every rank's file, and binds it to
-the run's snapshot, recipe and start model: another run's checkpoint is refused. Tensors are stored whole or, where weights
-are sharded, as the slices of the ranks in their order, so a run goes on with another number of workers too.
+manifest is signed with the home's key and every file matches it, and the newest valid one wins. The manifest is written
+last, after every rank's file, and binds it to the run's snapshot, recipe and start model: another run's checkpoint is
+refused. Tensors are stored whole or, where weights are sharded, as the slices of the ranks in their order, so a run goes
+on with another number of workers too.
+
+Training waits while the state is written to this machine's disk. A thread does the rest:
+
+    every rank      hash its file -> bring it to the home -> leave a signed receipt of it
+    first rank      wait for the receipts -> sign the manifest -> remove what is no longer kept
+
+and training waits again only where the next checkpoint is due before the thread has ended, at most `STALL_S`. A folder
+carries the attempt's name: what an attempt that was given up still writes is no part of another's checkpoint.
 """
 
+import glob
+import json
+import os
+import shutil
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from safetensors import safe_open
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from app.errors import DataError, TrainingError
-from app.storage import MANIFEST, Home
+from app.storage import Artifact, Home, file_digest, same_signature, signature, write_atomically
 from app.training.engine import Engine, Stored, Workers
 
+STALL_S: Final = 480.0
+"""How long a checkpoint may take to be written beside training before the run is given up; less than workers wait for one
+another, so that the one that knows why says it."""
 _STATE = "state"
 _RNG = "rng"
 _KEPT = 2
+_PURPOSE: Final = b"prefloop checkpoint/1\n"
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,102 +71,273 @@ class Resumed:
     """A line for each damaged checkpoint that was passed over."""
 
 
-def save_checkpoint(
-    home: Home,
-    identity: RunIdentity,
-    engine: Engine,
-    workers: Workers,
-    *,
-    step: int,
-    reports: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Write the state after `step` steps and remove all but the newest checkpoints; every rank calls it.
-
-    Args:
-        home: where the run lies.
-        identity: what the checkpoint is bound to.
-        engine: what trains, with its optimizer.
-        workers: the ranks.
-        step: steps done.
-        reports: what the newest steps measured.
-    """
-    kind = _kind(identity)
-    artifact = home.artifact(kind, f"step-{step:08d}")
-    filesystem = artifact.filesystem
-    if workers.rank == 0:
-        if filesystem.exists(artifact.path):
-            filesystem.rm(artifact.path, recursive=True)
-        filesystem.makedirs(artifact.path, exist_ok=True)
-    workers.gather([None])
-    tensors, name = dict(engine.state()), f"{_STATE}-{workers.rank:05d}.safetensors"
-    if tensors:
-        if workers.rank == 0:
-            tensors[_RNG] = torch.get_rng_state()
-        with tempfile.TemporaryDirectory(prefix="prefloop-checkpoint-") as scratch:
-            local = Path(scratch, "state.safetensors")
-            save_file(tensors, local)
-            filesystem.put_file(str(local), f"{artifact.path}/{name}")
-    written = [file for file in workers.gather([name if tensors else None]) if file is not None]
-    if workers.rank == 0:
-        filesystem.invalidate_cache()  # other processes wrote most of them
-        manifest = artifact.write_manifest(
-            {"step": step, "identity": asdict(identity), "reports": list(reports), "ranks": len(written)}
-        )
-        if not manifest["files"].keys() >= set(written):
-            filesystem.rm_file(f"{artifact.path}/{MANIFEST}")
-            msg = f"checkpoint `{artifact.uri}` shows {len(manifest['files'])} of the {len(written)} files that its workers wrote\n\nHint: is it a folder that all nodes see?"
-            raise DataError(msg)
-        for name in home.names(kind)[:-_KEPT]:
-            filesystem.rm(home.artifact(kind, name).path, recursive=True)
-    workers.gather([None])
-
-
-def load_newest(home: Home, identity: RunIdentity, engine: Engine, workers: Workers) -> Resumed:
-    """Load the newest valid checkpoint of the run; the first rank says which one that is, for all of them.
+class Checkpoints:
+    """The checkpoints of one run, as one of its workers writes and reads them; every worker makes one.
 
     Raises:
-        TrainingError: a checkpoint under this run id belongs to another snapshot, recipe or start model.
+        DataError: the home has no key to sign with.
     """
-    # A rank that sees another one as the newest would go on with weights of another step.
-    found = workers.gather([_newest(home, identity)] if workers.rank == 0 else [])[0]
-    if found.refusal:
-        raise TrainingError(found.refusal)
-    if found.name is None:
-        return Resumed(skipped=found.skipped)
-    artifact = home.artifact(_kind(identity), found.name)
-    with artifact.local_copy() as folder:
-        stored = _reader(sorted(folder.glob(f"{_STATE}*.safetensors")))
-        rng = stored(_RNG)
-        assert rng is not None  # noqa: S101  every checkpoint has one
-        torch.set_rng_state(rng.slice(0, rng.numel))
-        engine.restore(stored)
-    return Resumed(found.step, found.reports, found.skipped)
+
+    def __init__(self, home: Home, identity: RunIdentity, workers: Workers) -> None:
+        self._home, self._identity, self._workers = home, identity, workers
+        self._kind = f"runs/{identity.run_id}/checkpoints"
+        self._key = home.signing_key()
+        # The first rank's: ranks that write one checkpoint must agree on its name.
+        self._attempt = workers.gather([uuid.uuid4().hex[:8]] if workers.rank == 0 else [])[0]
+        self._writing: _Writing | None = None
+        self._passed: set[str] = set()
+        self._scratch = f"prefloop-checkpoint-{identity.run_id}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch)}*"):
+            # Of workers that were killed; those of this attempt have not begun.
+            shutil.rmtree(left, ignore_errors=True)
+
+    def save(
+        self, engine: Engine, *, step: int, reports: Sequence[dict[str, Any]] = (), score: float | None = None
+    ) -> float:
+        """Begin to write the state after `step` steps; every rank calls it. Returns the seconds that it took.
+
+        Args:
+            engine: what trains, with its optimizer.
+            step: steps done.
+            reports: what the newest steps measured.
+            score: what the best checkpoint has most of; it is kept beside the newest.
+
+        Raises:
+            DataError: this checkpoint, or the one before, cannot be written. What was complete before is still there.
+        """
+        began = time.perf_counter()
+        self.finish()
+        artifact = self._home.artifact(self._kind, f"step-{step:08d}-{self._attempt}")
+        tensors, name = dict(engine.state()), f"{_STATE}-{self._workers.rank:05d}.safetensors"
+        writers = self._workers.gather([name] if tensors else [])
+        if tensors:
+            if self._workers.rank == 0:
+                tensors[_RNG] = torch.get_rng_state()
+            content = {
+                "step": step,
+                "identity": asdict(self._identity),
+                # Copies: who reports may add to them while they are signed.
+                "reports": [dict(report) for report in reports],
+                "score": score,
+            }
+            local = self._save_here(artifact, name, tensors)
+            self._writing = _Writing(self, artifact, local, name, writers, content)
+            self._writing.thread.start()
+        return time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun last is complete, as far as it is this rank's to write.
+
+        Raises:
+            DataError: it could not be written, or not in time.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.thread.join(STALL_S)
+        if writing.thread.is_alive():
+            msg = f"checkpoint `{writing.artifact.uri}` is not written after {STALL_S:.0f} s\n\nHint: is its storage slow, or full?"
+            raise DataError(msg)
+        if writing.error is not None:
+            raise writing.error
+
+    def load_newest(self, engine: Engine) -> Resumed:
+        """Load the newest valid checkpoint of the run; the first rank says which one that is, for all of them.
+
+        Raises:
+            TrainingError: a checkpoint under this run id belongs to another snapshot, recipe or start model.
+        """
+        skipped: dict[str, str] = {}
+        while True:
+            # A rank that sees another one as the newest would go on with weights of another step.
+            found = self._workers.gather([self._newest(skipped)] if self._workers.rank == 0 else [])[0]
+            if found.refusal:
+                raise TrainingError(found.refusal)
+            skipped = found.skipped
+            if found.name is None:
+                self._passed = set(skipped)
+                return Resumed(skipped=tuple(skipped.values()))
+            artifact = self._home.artifact(self._kind, found.name)
+            # Each rank hashes a part, or the others would wait for one as long as it reads what all of them wrote.
+            faults = self._workers.gather(_faults(artifact, found.files, self._workers))
+            if not faults:
+                break
+            skipped = {**skipped, found.name: f"checkpoint {found.name} skipped: {faults[0]}"}
+        self._passed = set(skipped)
+        names = sorted(found.files)
+        with artifact.local_copy(names) as folder:
+            stored = _reader([folder / name for name in names])
+            rng = stored(_RNG)
+            assert rng is not None  # noqa: S101  every checkpoint has one
+            torch.set_rng_state(rng.slice(0, rng.numel))
+            engine.restore(stored)
+        return Resumed(found.step, found.reports, tuple(skipped.values()))
+
+    def complete(self, writing: "_Writing", digests: dict[str, dict[str, Any]]) -> None:
+        """Sign what all ranks wrote, and remove what is no longer kept; the first rank's thread calls it."""
+        artifact, content = writing.artifact, {**writing.content, "ranks": len(digests)}
+        artifact.write_manifest(content, files=digests, key=self._key, purpose=_PURPOSE)
+        scores = {}
+        for name in self._home.names(self._kind):
+            if name in self._passed:
+                continue  # what is damaged is neither counted nor removed
+            with suppress(DataError):
+                manifest = self._home.artifact(self._kind, name).manifest(key=self._key, purpose=_PURPOSE)
+                scores[name] = manifest["score"]
+        scored = {name: score for name, score in scores.items() if score is not None}
+        best = [max(scored, key=scored.__getitem__)] if scored else []
+        for name in scores.keys() - {artifact.name, *sorted(scores)[-_KEPT:], *best}:
+            self._home.filesystem.rm(self._home.artifact(self._kind, name).path, recursive=True)
+
+    def receipt(self, files: dict[str, Any]) -> bytes:
+        """Return a signed note of what a rank wrote."""
+        return json.dumps({"files": files, "signature": signature(files, self._key, purpose=_PURPOSE)}).encode()
+
+    def read_receipt(self, text: bytes) -> dict[str, Any]:
+        """Return the files of a receipt; raises DataError where it is nobody's of this home."""
+        found = json.loads(text)
+        files: dict[str, Any] = found["files"]
+        if not same_signature(found["signature"], signature(files, self._key, purpose=_PURPOSE)):
+            msg = "a worker's note of what it wrote is not signed with this home's key"
+            raise DataError(msg)
+        return files
+
+    def _newest(self, passed: dict[str, str]) -> "_Newest":
+        """Find the newest checkpoint that is signed; `passed` are those with a damaged file."""
+        skipped = dict(passed)
+        self._remove_unfinished()
+        for name in reversed(self._home.names(self._kind)):
+            if name in passed:
+                continue
+            try:
+                manifest = self._home.artifact(self._kind, name).manifest(key=self._key, purpose=_PURPOSE)
+            except DataError as error:
+                skipped[name] = f"checkpoint {name} skipped: {error}"
+                continue
+            if manifest["identity"] != asdict(self._identity):
+                differing = [k for k, v in asdict(self._identity).items() if manifest["identity"].get(k) != v]
+                msg = f"run `{self._identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
+                return _Newest(None, skipped, refusal=msg)
+            return _Newest(name, skipped, manifest["files"], int(manifest["step"]), tuple(manifest["reports"]))
+        return _Newest(None, skipped)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what attempts before this one began and never completed."""
+        filesystem, root = self._home.filesystem, self._home.path(self._kind)
+        if not filesystem.exists(root):
+            return
+        complete = set(self._home.names(self._kind))
+        for path in filesystem.ls(root, detail=False):
+            if str(path).rstrip("/").rsplit("/", 1)[-1] not in complete:
+                filesystem.rm(path, recursive=True)
+
+    def _save_here(self, artifact: Artifact, name: str, tensors: dict[str, Tensor]) -> Path:
+        """Write tensors to this machine's disk, where the home is one right into the checkpoint; return the place.
+
+        Raises:
+            DataError: the disk is full, or refuses.
+        """
+        folder = Path(artifact.path) if self._home.is_local else Path(tempfile.mkdtemp(prefix=self._scratch))
+        path = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path)
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            if not self._home.is_local:
+                folder.rmdir()
+            raise _unwritten(artifact, error) from None
+        return path
+
+
+class _Writing:
+    """A checkpoint that one rank is writing, beside training."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        artifact: Artifact,
+        local: Path,
+        name: str,
+        writers: Sequence[str],
+        content: dict[str, Any],
+    ) -> None:
+        self.artifact, self.content = artifact, content
+        self.error: DataError | None = None
+        self._checkpoints, self._local, self._name = checkpoints, local, name
+        self._others = [writer for writer in writers if writer != name] if name == min(writers) else []
+        self._first = name == min(writers)
+        # It dies with the process: a run that ends in an error leaves no half of a checkpoint behind as a whole one.
+        self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except DataError as error:
+            self.error = error
+        except Exception as error:  # noqa: BLE001  stores raise many kinds, and a run must not go on without checkpoints
+            self.error = _unwritten(self.artifact, error)
+
+    def _write(self) -> None:
+        filesystem, root = self.artifact.filesystem, self.artifact.path
+        digest = file_digest(LocalFileSystem(), str(self._local))
+        if str(self._local) != f"{root}/{self._name}":
+            try:
+                filesystem.put_file(str(self._local), f"{root}/{self._name}")
+            finally:
+                shutil.rmtree(self._local.parent, ignore_errors=True)
+        if not self._first:
+            receipt = self._checkpoints.receipt({self._name: digest})
+            write_atomically(filesystem, f"{root}/{_receipt_name(self._name)}", receipt)
+            return
+        digests = {self._name: digest}
+        end = time.monotonic() + STALL_S
+        for writer in self._others:
+            digests |= self._await_receipt(f"{root}/{_receipt_name(writer)}", end)
+        self._checkpoints.complete(self, digests)
+
+    def _await_receipt(self, path: str, end: float) -> dict[str, Any]:
+        while True:
+            try:
+                return self._checkpoints.read_receipt(self.artifact.filesystem.cat_file(path))
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    msg = f"checkpoint `{self.artifact.uri}` shows nothing of `{path.rsplit('/', 1)[-1]}` after {STALL_S:.0f} s\n\nHint: is it a place that all nodes see?"
+                    raise DataError(msg) from None
+                time.sleep(_POLL_S)
+
+
+def _receipt_name(name: str) -> str:
+    return f".{name}.json"
+
+
+def _faults(artifact: Artifact, files: dict[str, dict[str, Any]], workers: Workers) -> list[str]:
+    """Compare this rank's part of the files with what was signed."""
+    found = []
+    for name in sorted(files)[workers.rank :: workers.size]:
+        try:
+            artifact.verify_file(name, files[name])
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def _unwritten(artifact: Artifact, error: Exception) -> DataError:
+    msg = f"checkpoint `{artifact.uri}` cannot be written: {error}\n\nHint: what was complete before is still there; make room, and the same run id goes on from it."
+    return DataError(msg)
 
 
 @dataclass(frozen=True)
 class _Newest:
     name: str | None
-    skipped: tuple[str, ...]
+    skipped: dict[str, str]
+    """By name, why it is passed over."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int = 0
     reports: tuple[dict[str, Any], ...] = ()
     refusal: str = ""
-
-
-def _newest(home: Home, identity: RunIdentity) -> _Newest:
-    skipped: list[str] = []
-    for name in reversed(home.names(_kind(identity))):
-        artifact = home.artifact(_kind(identity), name)
-        try:
-            manifest = artifact.verify()
-        except DataError as error:
-            skipped.append(f"checkpoint {name} skipped: {error}")
-            continue
-        if manifest["identity"] != asdict(identity):
-            differing = [k for k, v in asdict(identity).items() if manifest["identity"].get(k) != v]
-            msg = f"run `{identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
-            return _Newest(None, tuple(skipped), refusal=msg)
-        return _Newest(name, tuple(skipped), int(manifest["step"]), tuple(manifest.get("reports", ())))
-    return _Newest(None, tuple(skipped))
 
 
 @dataclass(frozen=True)
@@ -164,10 +358,7 @@ class _Pieces:
             first, last = max(start - offset, 0), min(stop - offset, count)
             if first < last:
                 with safe_open(path, framework="pt") as file:
-                    shape = file.get_slice(self.name).get_shape()
-                    # Only what lies flat can be cut without reading all of it.
-                    piece = file.get_slice(self.name)[first:last] if len(shape) == 1 else file.get_tensor(self.name)
-                    found.append(piece if len(shape) == 1 else piece.reshape(-1)[first:last])
+                    found.append(file.get_slice(self.name)[first:last])
             offset += count
         return torch.cat(found)
 
@@ -180,7 +371,3 @@ def _reader(files: Sequence[Path]) -> Stored:
                 shape = file.get_slice(name).get_shape()
                 parts.setdefault(name, []).append((path, int(torch.Size(shape).numel())))
     return lambda name: _Pieces(name, tuple(parts[name])) if name in parts else None
-
-
-def _kind(identity: RunIdentity) -> str:
-    return f"runs/{identity.run_id}/checkpoints"

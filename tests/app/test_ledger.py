@@ -301,3 +301,12 @@ def test_a_url_that_no_ledger_can_have_is_refused_without_telling_a_password(url
     with pytest.raises(LedgerError, match="PREFLOOP_LEDGER") as told:
         Ledger.open(url)
     assert "secret" not in str(told.value)
+
+
+def test_a_name_is_held_by_one_at_a_time_and_free_again_afterwards(ledger, home):
+    other = Ledger.open(home.ledger_url)
+    with ledger.alone("loop-mine") as first, other.alone("loop-mine") as second, other.alone("loop-yours") as third:
+        assert (first, second, third) == (True, False, True)
+    with other.alone("loop-mine") as again:
+        assert again
+    other.close()

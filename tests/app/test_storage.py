@@ -218,7 +218,7 @@ def test_a_remote_home_keeps_artifacts_but_no_sqlite_ledger(monkeypatch):
         assert len(list(folder.glob("part-*.parquet"))) == 3
     with pytest.raises(DataError, match="remote, so the ledger cannot be a SQLite file(.|\n)*PREFLOOP_LEDGER"):
         _ = home.ledger_url
-    with pytest.raises(DataError, match="needs a local folder"):
+    with pytest.raises(DataError, match="set PREFLOOP_API_KEY"):
         home.api_key()
     monkeypatch.setenv("PREFLOOP_LEDGER", "postgresql://server/base")
     assert home.ledger_url == "postgresql://server/base"

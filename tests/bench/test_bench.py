@@ -13,6 +13,7 @@ from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
 from app.bench.runner import watched
+from app.bench.scale import ScaleSettings, bench_scale, overhead
 from app.bench.train import Comparison, Ratio, Share, _check_steps, _tuned, compare_trainers
 from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import DataError, RecipeError, TrainingError
@@ -319,3 +320,21 @@ def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tin
     }
     assert found.tree["headline"]["data_wait"]["value"] < 1
     assert json.loads(json.dumps(found.tree)) is not None
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_an_epoch_reads_its_snapshot_once_whatever_the_number_of_workers(data, tiny_model, claim):
+    settings = ScaleSettings(data, 64, 64, str(tiny_model), "lora", "float32", 64)
+    found = bench_scale(settings, say=print)
+    assert [layout.workers for layout in found] == [1, 2, 4, 8]
+    for layout in found:
+        assert 0.9 <= layout.read_by_stream <= 1.2, layout
+        assert (layout.collectives > 0) == (layout.workers > 1), layout
+    several = [layout for layout in found if layout.workers > 1]
+    assert max(layout.collectives for layout in several) == min(layout.collectives for layout in several)
+    assert overhead(found) > -1
+    claim(
+        "an epoch reads its snapshot once from storage with 1, 2, 4 and 8 workers (at most 1.2 times)",
+        figure=", ".join(f"{layout.read_by_stream:.2f}" for layout in found),
+    )

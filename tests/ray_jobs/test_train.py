@@ -54,8 +54,13 @@ def cluster():
 def stage(tmp_path_factory, tiny_model):
     """A home with a tiny SFT model and a training snapshot that holds its reference log-probabilities."""
     home = Home.at(tmp_path_factory.mktemp("train") / "home")
-    ledger = Ledger.open(home.ledger_url)
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model")
+    made = make_stage(home, Ledger.open(home.ledger_url), tiny_model, tmp_path_factory.mktemp("copy"))
+    yield made
+    made[1].close()
+
+
+def make_stage(home: Home, ledger: Ledger, tiny_model: Path, scratch: Path):
+    folder = shutil.copytree(tiny_model, scratch / "model")
     model = register_folder(
         home, ledger, folder, name="sft", lineage=Lineage(kind="sft"), source=str(tiny_model.resolve())
     )
@@ -74,8 +79,7 @@ def stage(tmp_path_factory, tiny_model):
         groups.append(replace(group, reference_logps=logps))
     binding = Binding("pairs", loaded.template_digest, 64, "drop", 0, model.digest, "float32")
     row = write_training_snapshot(home, ledger, groups, binding=binding, counts={}, rows_per_file=12)
-    yield home, ledger, model, row.snapshot_id, str(tiny_model)
-    ledger.close()
+    return home, ledger, model, row.snapshot_id, str(tiny_model)
 
 
 def recipe_for(sft: str, **train_section):

@@ -1,25 +1,20 @@
 """The loop: what must not change the numbers does not, and what must stop it does."""
 
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 
-from app.config import OBJECTIVE_OPTIONS, LoraSection, TrainSection
+from app.config import OBJECTIVE_OPTIONS, LoraSection
 from app.errors import ModelError, TrainingError
 from app.generation import GenerationRequest, generate
-from app.models import Lineage, load_model, register_folder
-from app.training import checkpoints, scoring
-from app.training.batch import PackedBatch, step_groups
-from app.training.checkpoints import Resumed, RunIdentity, load_newest, save_checkpoint
-from app.training.engine import Replicated, SingleWorker, make_optimizer
+from app.training import scoring
+from app.training.batch import PackedBatch
+from app.training.engine import SingleWorker, make_optimizer
 from app.training.held_out import measure, measure_exported
 from app.training.judgements import divide, for_unit, with_strangers
 from app.training.loop import learning_rate_factor, optimise
@@ -27,68 +22,8 @@ from app.training.objectives import Objective, load_objective
 from app.training.policy import adapter_off, autocast, build_policy, frozen, merged, precomputed, trainable
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, plain_logps
-from app.training.tokenization import Group, Preference
-
-SECTION = TrainSection(
-    dtype="float32",
-    learning_rate=1e-3,
-    batch_pairs=4,
-    micro_batch_tokens=64,
-    reference="adapter_off",
-    lora=LoraSection(r=4, alpha=8),
-)
-OBJECTIVE = load_objective("dpo", {"beta": 0.1})
-
-
-def make_groups(count: int) -> list[Group]:
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda n: tuple(torch.randint(2, 258, (n,), generator=generator).tolist())  # noqa: E731
-    groups = []
-    for i in range(count):
-        responses = tuple(draw(3 + (i + k) % 5) + (1,) for k in range(2 + i % 2))
-        pairs = tuple(Preference(0, k, 0.5 + 0.25 * k, f"{i}-{k}", "import") for k in range(1, len(responses)))
-        groups.append(Group(f"g{i}", f"c{i}", "train", draw(4 + i % 7), responses, pairs))
-    return groups
-
-
-@pytest.fixture
-def start(home, ledger, tiny_model, tmp_path):
-    import shutil
-
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    row = register_folder(home, ledger, folder, name="tiny", lineage=Lineage(kind="sft"))
-    return partial(load_model, home, row.model_id, dtype="float32")
-
-
-def engine_of(policy, section, *, optimizer=None, workers=None):
-    return Replicated(
-        policy,
-        learning_rate=section.learning_rate,
-        max_grad_norm=section.max_grad_norm,
-        workers=workers or SingleWorker(),
-        optimizer=optimizer,
-    )
-
-
-def run(start, section, groups, *, optimizer=None, steps=None, objective=OBJECTIVE):
-    policy = build_policy(start(), section)
-    reports = list(
-        optimise(
-            engine_of(policy, section, optimizer=optimizer(policy) if optimizer else None),
-            steps or list(step_groups(groups, section.batch_pairs)),
-            objective=objective,
-            reference=reference_of(policy, section),
-            section=section,
-            learning_rate=section.learning_rate,
-            total_steps=20,
-            workers=SingleWorker(),
-        )
-    )
-    return policy, reports
-
-
-def reference_of(policy, section):
-    return precomputed if section.reference == "precomputed" else adapter_off(policy, section.dtype)
+from app.training.tokenization import Group
+from tests.training.tiny_runs import OBJECTIVE, SECTION, Threads, engine_of, make_groups, reference_of, run
 
 
 def sgd(policy):
@@ -109,39 +44,6 @@ def test_training_raises_the_margin_of_what_it_trains_on(start):
     _, reports = run(start, section, groups, steps=[groups] * 20)
     assert reports[-1].loss < 0.6 < reports[0].loss
     assert reports[-1].reward_accuracy == 1.0
-
-
-class Threads:
-    """Ranks that are threads: what `Workers` promises, without a cluster."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.slots: list = [None] * size
-
-    def rank(self, number: int) -> "Rank":
-        return Rank(self, number)
-
-    def exchange(self, rank: int, value):
-        self.slots[rank] = value
-        self.barrier.wait()
-        every = list(self.slots)
-        self.barrier.wait()
-        return every
-
-
-class Rank:
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.threads, self.rank, self.size = threads, rank, threads.size
-
-    def sum_(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(sum(self.threads.exchange(self.rank, tensor.clone())))
-
-    def gather(self, rows: list) -> list:
-        return [row for part in self.threads.exchange(self.rank, rows) for row in part]
-
-    def rounds(self, batches):
-        return batches
 
 
 OPTIONS = {
@@ -311,59 +213,6 @@ def test_three_ways_to_a_reference_train_the_same(start, grown):
             assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(start, home):
-    steps = list(step_groups(make_groups(12), 4))
-    assert len(steps) >= 4
-    whole, _ = run(start, SECTION, [], steps=steps)
-    identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    policy = build_policy(start(), SECTION)
-    workers = SingleWorker()
-    common = {"objective": OBJECTIVE, "section": SECTION, "total_steps": 20, "workers": workers}
-    common["learning_rate"] = SECTION.learning_rate
-    reference, engine = reference_of(policy, SECTION), engine_of(policy, SECTION)
-    for report in optimise(engine, steps[:2], reference=reference, **common):
-        save_checkpoint(home, identity, engine, workers, step=report.step, reports=[{"step": report.step}])
-    resumed = build_policy(start(), SECTION)
-    fresh = engine_of(resumed, SECTION)
-    assert load_newest(home, identity, fresh, SingleWorker()) == Resumed(2, ({"step": 2},), ())
-    list(optimise(fresh, steps[2:], reference=reference_of(resumed, SECTION), done_steps=2, **common))
-    for a, b in zip(trainable(whole).values(), trainable(resumed).values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(start, home):
-    identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    policy = build_policy(start(), SECTION)
-    engine, workers = engine_of(policy, SECTION), SingleWorker()
-    steps = list(step_groups(make_groups(6), 2))[:2]
-    for report in optimise(
-        engine,
-        steps,
-        objective=OBJECTIVE,
-        reference=reference_of(policy, SECTION),
-        section=SECTION,
-        learning_rate=SECTION.learning_rate,
-        total_steps=9,
-        workers=workers,
-    ):
-        save_checkpoint(home, identity, engine, workers, step=report.step)
-    state = home.local("runs", "run", "checkpoints", "step-00000002", "state-00000.safetensors")
-    content = bytearray(state.read_bytes())
-    content[-1] ^= 1
-    state.write_bytes(bytes(content))
-    resumed = load_newest(home, identity, engine, SingleWorker())
-    assert resumed.step == 1
-    assert "step-00000002 skipped" in resumed.skipped[0]
-
-
-def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
-    identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    engine = engine_of(build_policy(start(), SECTION), SECTION)
-    save_checkpoint(home, identity, engine, SingleWorker(), step=1)
-    with pytest.raises(TrainingError, match="checkpoints of another snapshot_id"):
-        load_newest(home, replace(identity, snapshot_id="other"), engine, SingleWorker())
-
-
 def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_end_the_run(start):
     groups = [replace(g, reference_logps=(-5.0,) * len(g.responses)) for g in make_groups(4)]
     bad = replace(groups[1], reference_logps=(math.nan,) * len(groups[1].responses))
@@ -467,51 +316,6 @@ def test_a_policy_in_bf16_with_its_fp32_adapters_can_be_lent_too(start):
         (found,) = generate(replace(start(), model=model), [request])
     (expected,) = generate(start(dtype="bfloat16"), [request])
     assert found.logps == pytest.approx(expected.logps, abs=0.1)
-
-
-def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
-    identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    policy = build_policy(start(), SECTION)
-    save_checkpoint(home, identity, engine_of(policy, SECTION), SingleWorker(), step=1)
-    assert load_newest(home, identity, engine_of(policy, SECTION), SingleWorker()).step == 1
-
-
-def test_a_checkpoint_of_one_file_with_tensors_in_their_shapes_is_read(start, home):
-    """So they were written before weights could lie in slices."""
-    identity = RunIdentity("run", "snapshot", "digest", "recipe")
-    policy, _ = run(start, SECTION, [], steps=list(step_groups(make_groups(4), 4)))
-    tensors = {"rng": torch.get_rng_state()}
-    for name, parameter in trainable(policy).items():
-        tensors[f"parameter/{name}"] = parameter.detach().clone()
-        tensors[f"optimizer/step/{name}"] = torch.tensor(3.0)
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer/{key}/{name}"] = torch.rand(parameter.shape)
-    artifact = home.artifact("runs/run/checkpoints", "step-00000003")
-    Path(artifact.path).mkdir(parents=True)
-    save_file(tensors, Path(artifact.path, "state.safetensors"))
-    artifact.write_manifest({"step": 3, "identity": asdict(identity), "reports": []})
-    fresh = build_policy(start(), SECTION)
-    read = engine_of(fresh, SECTION)
-    assert load_newest(home, identity, read, SingleWorker()).step == 3
-    for name, parameter in trainable(fresh).items():
-        assert torch.equal(parameter, tensors[f"parameter/{name}"])
-        state = read.optimizer.state[parameter]
-        assert (float(state["step"]), state["exp_avg"].shape) == (3.0, parameter.shape)
-        assert torch.equal(state["exp_avg_sq"], tensors[f"optimizer/exp_avg_sq/{name}"])
-
-
-def test_slices_of_several_ranks_are_cut_anew_for_any_other_number(tmp_path):
-    whole = torch.arange(10.0)
-    for ranks in (1, 2, 3, 4, 7):
-        width = -(-10 // ranks)
-        padded = torch.cat([whole, torch.zeros(ranks * width - 10)])
-        files = [tmp_path / f"state-{ranks}-{rank:05d}.safetensors" for rank in range(ranks)]
-        for rank, path in enumerate(files):
-            save_file({"w": padded[rank * width : (rank + 1) * width].clone()}, path)
-        stored = checkpoints._reader(files)("w")
-        for start, stop in ((0, 10), (0, 1), (3, 8), (9, 10)):
-            assert stored.slice(start, stop).tolist() == whole[start:stop].tolist()
-        assert checkpoints._reader(files)("v") is None
 
 
 def test_a_target_module_that_fits_nothing_is_refused_though_others_fit(start):

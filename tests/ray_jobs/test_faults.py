@@ -1,0 +1,191 @@
+"""Faults of a train job on a real cluster: what dies, stalls, fills up or is taken away, and how long that may take."""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+import sqlalchemy as sa
+import torch
+
+from app.errors import OutOfMemory
+from app.ledger import AuditRow, Ledger, RunStepRow
+from ray_jobs.train import train
+from tests.ray_jobs.test_train import (  # noqa: F401  fixtures
+    cluster,
+    command,
+    recipe_for,
+    stage,
+    steps_of,
+    weights_of,
+)
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
+KILLS, SEED = 20, 11
+NOTICED_S, GOING_ON_S = 10.0, 60.0
+
+
+def recipe_of(sft: str, *, epochs: int = 2, max_failures: int = 3, **train_section):
+    recipe = recipe_for(sft, epochs=epochs, **train_section)
+    return recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"max_failures": max_failures})})
+
+
+def train_workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in command(p)]
+
+
+@dataclass
+class Hits:
+    """What was done to workers, and how long it took until the driver's side knew and until a step was reported again."""
+
+    times: list[float] = field(default_factory=list)
+    noticed: list[float] = field(default_factory=list)
+    going_on: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def workers_hit(
+    ledger: Ledger, run_id: str, *, count: int, do: Callable[[psutil.Process], None], seed: int
+) -> Iterator[Hits]:
+    """Do something to a random worker after a random number of new steps and a random moment, so often."""
+    hits, ended, draw = Hits(), threading.Event(), random.Random(seed)
+
+    def until(done: Callable[[], bool]) -> bool:
+        while not done():
+            if ended.wait(0.05):
+                return False
+        return True
+
+    def run() -> None:
+        known = 0.0
+        for number in range(count):
+            reached = newest_step(ledger, run_id) + draw.randint(1, 6)
+            if not until(lambda reached=reached: newest_step(ledger, run_id) >= reached and len(train_workers()) > 1):
+                return
+            ended.wait(draw.uniform(0, 0.5))
+            hits.times.append(time.time())
+            do(draw.choice(train_workers()))
+            if not until(lambda number=number: len(failures(ledger, run_id)) > number):
+                return
+            known = failures(ledger, run_id)[number]
+            hits.noticed.append(known - hits.times[-1])
+            # What the checkpoint's steps had measured is reported again first; that comes from the new workers too.
+            if not until(lambda known=known: last_report(ledger, run_id) > known):
+                return
+            hits.going_on.append(last_report(ledger, run_id) - hits.times[-1])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield hits
+    finally:
+        ended.set()
+        thread.join()
+
+
+def newest_step(ledger: Ledger, run_id: str) -> int:
+    with ledger.read() as session:
+        return session.scalar(sa.select(sa.func.max(RunStepRow.step)).where(RunStepRow.run_id == run_id)) or 0
+
+
+def last_report(ledger: Ledger, run_id: str) -> float:
+    with ledger.read() as session:
+        query = sa.select(RunStepRow.created_at).where(RunStepRow.run_id == run_id)
+        return max((at.timestamp() for at in session.scalars(query)), default=0.0)
+
+
+def failures(ledger: Ledger, run_id: str) -> list[float]:
+    """When the driver's side knew that workers had failed."""
+    with ledger.read() as session:
+        query = sa.select(AuditRow.at).where(AuditRow.action == "workers_failed", AuditRow.target == run_id)
+        return [at.timestamp() for at in session.scalars(query.order_by(AuditRow.sequence))]
+
+
+@pytest.fixture(scope="module")
+def long_run(cluster, stage):  # noqa: F811
+    """An unbroken run of some 130 steps."""
+    home, ledger, _, snapshot_id, sft = stage
+    return train(home, ledger, recipe_of(sft, epochs=24), snapshot_id, run_id="long")
+
+
+def same_weights(home, ours, expected) -> bool:
+    found, wanted = weights_of(home, ours), weights_of(home, expected)
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_whose_workers_are_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(long_run, stage, claim):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_of(sft, epochs=24, max_failures=2 * KILLS)
+    with workers_hit(ledger, "killed", count=KILLS, do=psutil.Process.kill, seed=SEED) as hits:
+        result = train(home, ledger, recipe, snapshot_id, run_id="killed")
+    assert len(hits.times) == KILLS
+    assert same_weights(home, result.model, long_run.model)
+    found, expected = steps_of(ledger, "killed"), steps_of(ledger, "long")
+    assert [s["step"] for s in found] == list(range(1, result.steps + 1))
+    assert [(s["loss"], s["pairs"]) for s in found] == [(s["loss"], s["pairs"]) for s in expected]
+    noticed, going_on = hits.noticed, hits.going_on
+    assert len(going_on) == KILLS
+    assert max(noticed) <= NOTICED_S
+    assert max(going_on) <= GOING_ON_S
+    told = {"seed": SEED}
+    claim(
+        "workers of a train job killed at random moments: the weights are those of an unbroken run, every row once",
+        figure=f"{KILLS} of {KILLS} kills",
+        **told,
+    )
+    claim("a killed worker is noticed within 10 s", figure=f"at most {max(noticed):.1f} s of {KILLS}", **told)
+    claim("training goes on within 60 s of a kill", figure=f"at most {max(going_on):.1f} s of {KILLS}", **told)
+
+
+def test_a_worker_that_stalls_is_given_up_and_the_run_ends_as_an_unbroken_one(long_run, stage, claim, monkeypatch):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    stall_s = 8
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(stall_s))
+    stopped: list[psutil.Process] = []
+
+    def stop(process: psutil.Process) -> None:
+        process.send_signal(signal.SIGSTOP)
+        stopped.append(process)
+
+    with workers_hit(ledger, "stalled", count=1, do=stop, seed=SEED) as hits:
+        result = train(home, ledger, recipe_of(sft, epochs=24), snapshot_id, run_id="stalled")
+    assert same_weights(home, result.model, long_run.model)
+    noticed = hits.noticed
+    assert max(noticed) <= stall_s + 10
+    assert not [p for p in stopped if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], "an orphan holds memory"
+    claim(
+        f"a worker that stalls is given up after its time limit (here {stall_s} s) and at most 10 s more",
+        figure=f"{max(noticed):.1f} s",
+        seed=SEED,
+    )
+
+
+def test_a_micro_batch_that_memory_does_not_hold_is_halved_and_the_steps_stay_the_same(cluster, stage, claim):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    plain = train(home, ledger, recipe_of(sft, micro_batch_tokens=256), snapshot_id, run_id="enough")
+    recipe = recipe_of(sft, objective="tests.ray_jobs.hungry:hungry", options={}, micro_batch_tokens=256)
+    result = train(home, ledger, recipe, snapshot_id, run_id="hungry")
+    found, expected = (steps_of(ledger, name) for name in ("hungry", "enough"))
+    assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in expected], rel=1e-5)
+    assert result.steps == plain.steps
+    with ledger.read() as session:
+        query = sa.select(AuditRow).where(AuditRow.target == "hungry", AuditRow.action == "note")
+        notes = [row.detail["note"] for row in session.scalars(query)]
+    assert notes
+    assert all("memory did not hold" in note for note in notes)
+    claim(
+        "a micro-batch that does not fit memory is halved, with the same losses as where it fits",
+        figure=f"{len(notes)} halving(s), {len(found)} steps",
+    )
+
+
+def test_memory_that_holds_not_even_a_quarter_ends_the_run_with_the_reason(cluster, stage):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_of(sft, objective="tests.ray_jobs.hungry:hungry", options={}, micro_batch_tokens=4096)
+    with pytest.raises(OutOfMemory, match=r"was refused by a worker: .*DefaultCPUAllocator"):
+        train(home, ledger, recipe, snapshot_id, run_id="starving")

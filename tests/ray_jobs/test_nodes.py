@@ -1,0 +1,151 @@
+"""A train job on several Ray nodes: one is lost, one is taken away with notice. The nodes are processes of one machine."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import ray
+import sqlalchemy as sa
+import torch
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.state import list_actors
+
+from app.ledger import Ledger, RunStepRow
+from ray_jobs.train import train
+from tests.ray_jobs.test_train import recipe_for, stage, steps_of, weights_of  # noqa: F401  fixtures
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+EPOCHS = 16
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head that reads, and nodes that hold one worker each; one more than a run needs."""
+    small = 80 * 2**20
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # as every job sets it
+        environment.setenv("RAY_health_check_period_ms", "1000")
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": True, "object_store_memory": small},
+        )
+        try:
+            for _ in range(NODES):
+                cluster.add_node(num_cpus=2, object_store_memory=small)
+            cluster.wait_for_nodes()
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def recipe_of(sft: str, **train_section):
+    recipe = recipe_for(sft, epochs=EPOCHS, **train_section)
+    settings = {"cpus_per_worker": 2, "threads_per_worker": 1}
+    return recipe.model_copy(update={"workers": recipe.workers.model_copy(update=settings)})
+
+
+@pytest.fixture(scope="module")
+def unbroken(nodes, stage):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    return train(home, ledger, recipe_of(sft), snapshot_id, run_id="unbroken-nodes")
+
+
+def worker_nodes() -> list[str]:
+    """Ids of the nodes that hold a train worker."""
+    filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+    return [actor.node_id for actor in list_actors(filters=filters)]
+
+
+@contextmanager
+def after_steps(ledger: Ledger, run_id: str, steps: int, do: Callable[[], None]) -> Iterator[None]:
+    ended, faults = threading.Event(), []
+
+    def run() -> None:
+        while not ended.wait(0.1):
+            if len(steps_of(ledger, run_id)) >= steps:
+                try:
+                    do()
+                except Exception as error:  # noqa: BLE001  raised again below
+                    faults.append(error)
+                return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if faults:
+        raise faults[0]
+
+
+def test_a_run_that_loses_the_node_of_a_worker_goes_on_on_another(nodes, unbroken, stage, claim):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    lost: list[float] = []
+
+    def lose() -> None:
+        [node_id, *_] = worker_nodes()
+        [node] = [node for node in nodes.worker_nodes if node.node_id == node_id]
+        lost.append(time.time())
+        nodes.remove_node(node, allow_graceful=False)
+
+    with after_steps(ledger, "node-lost", 5, lose):
+        result = train(home, ledger, recipe_of(sft), snapshot_id, run_id="node-lost")
+    nodes.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    nodes.wait_for_nodes()
+    ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [s["step"] for s in steps_of(ledger, "node-lost")] == list(range(1, result.steps + 1))
+    with ledger.read() as session:
+        query = sa.select(RunStepRow.created_at, RunStepRow.step).where(RunStepRow.run_id == "node-lost")
+        rows = session.execute(query.order_by(RunStepRow.created_at)).all()
+    gap = max(b[0].timestamp() - a[0].timestamp() for a, b in itertools.pairwise(rows))
+    assert gap <= 60
+    claim(
+        "a run that loses the node of a worker goes on on another within 60 s, with the bits of an unbroken run",
+        figure=f"{gap:.1f} s without a step",
+    )
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(nodes, unbroken, stage, claim, monkeypatch):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    drained: list[int] = []
+    notice_s = 20
+
+    def drain() -> None:
+        [node_id, *_] = worker_nodes()
+        deadline = int((time.time() + notice_s) * 1000)
+        client = GcsClient(address=nodes.address)
+        taken, why = client.drain_node(node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot instance", deadline)
+        assert taken, why
+        drained.append(len(steps_of(ledger, "preempted")))
+        time.sleep(notice_s)
+        [node] = [node for node in nodes.worker_nodes if node.node_id == node_id]
+        nodes.remove_node(node, allow_graceful=False)
+
+    # Only the notice makes a checkpoint.
+    recipe = recipe_of(sft, checkpoint_every=10_000)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 60})})
+    with after_steps(ledger, "preempted", 5, drain):
+        result = train(home, ledger, recipe, snapshot_id, run_id="preempted")
+    nodes.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    nodes.wait_for_nodes()
+    steps = steps_of(ledger, "preempted")
+    assert [s["step"] for s in steps] == list(range(1, result.steps + 1))
+    names = home.names("runs/preempted/checkpoints")
+    saved = [int(name.split("-")[1]) for name in names]
+    assert len(saved) == 2, "one for the notice, one at the end"
+    assert drained[0] <= saved[0] < saved[1] == result.steps
+    claim(
+        "a preemption notice makes a checkpoint at once, between the recipe's own",
+        figure=f"notice after step {drained[0]}, checkpoint at step {saved[0]}",
+    )

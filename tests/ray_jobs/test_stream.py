@@ -1,0 +1,145 @@
+"""One stream for all ranks: a snapshot many times larger than the object store, read once an epoch, in flat memory."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from app.bench.counted import COUNTS_VARIABLE, counts
+from app.config import TrainSection
+from app.schemas import TRAINING_SCHEMA, Split
+from app.storage import Home
+from app.training.checkpoints import RunIdentity
+from app.training.snapshots import SHUFFLE_WINDOW, count_steps, train_files
+from ray_jobs.train import epoch_datasets, stream_config
+from ray_jobs.worker import TrainTask
+from tests.ray_jobs.stream_reader import read_stream
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
+STORE = 100 * 2**20
+SNAPSHOT = 5 * STORE
+EPOCHS, BATCH_PAIRS = 2, 64
+ROWS_PER_FILE, PROMPT, ANSWER, VOCABULARY = 1024, 600, 700, 49152
+PAUSE_S = 2.0
+
+
+def table_of(first: int, rows: int, draw: np.random.Generator) -> pa.Table:
+    """Rows of random token ids, which do not compress."""
+
+    def lists(count: int, length: int) -> pa.Array:
+        ids = pa.array(draw.integers(0, VOCABULARY, count * length, dtype=np.int32))
+        return pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * length), ids)
+
+    names = [f"g{first + i}" for i in range(rows)]
+    answers = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * 2), lists(2 * rows, ANSWER))
+    pairs = [[{"chosen": 0, "rejected": 1, "weight": 1.0, "pair_id": name, "source": "import"}] for name in names]
+    columns = {
+        "row_index": pa.array(range(first, first + rows)),
+        "group_id": pa.array(names),
+        "cluster": pa.array(names),
+        "split": pa.array([Split.TRAIN.value] * rows),
+        "prompt_ids": lists(rows, PROMPT),
+        "responses": answers,
+        "pairs": pa.array(pairs, TRAINING_SCHEMA.field("pairs").type),
+        "labels": pa.array([[]] * rows, TRAINING_SCHEMA.field("labels").type),
+        "reference_logps": pa.array([None] * rows, TRAINING_SCHEMA.field("reference_logps").type),
+    }
+    return pa.table(
+        [columns[name].cast(TRAINING_SCHEMA.field(name).type) for name in TRAINING_SCHEMA.names], TRAINING_SCHEMA
+    )
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory) -> tuple[Home, int]:
+    """A training snapshot of half a gigabyte, and its rows."""
+    home = Home.at(f"counted://{tmp_path_factory.mktemp('stream') / 'home'}")
+    folder = Path(home.artifact("training", "large").path)
+    folder.mkdir(parents=True)
+    draw, size = np.random.default_rng(0), 0
+    for number in itertools.count():
+        path = folder / f"train-{number:05d}.parquet"
+        pq.write_table(table_of(number * ROWS_PER_FILE, ROWS_PER_FILE, draw), path, compression="zstd")
+        size += path.stat().st_size
+        if size > SNAPSHOT:
+            return home, (number + 1) * ROWS_PER_FILE
+    raise AssertionError
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("counts")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        environment.setenv(COUNTS_VARIABLE, str(folder))
+        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=STORE)
+        yield folder
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_memory(
+    counted, snapshot, tmp_path, claim, workers
+):
+    home, rows = snapshot
+    for old in counted.glob("*.jsonl"):
+        old.unlink()
+    files = tuple(train_files(home.artifact("training", "large")))
+    steps = count_steps(files, seed=0, epochs=EPOCHS, window=SHUFFLE_WINDOW, batch_pairs=BATCH_PAIRS)
+    task = TrainTask(
+        home_uri=home.uri,
+        identity=RunIdentity("stream", "large", "", ""),
+        start_model_id="",
+        reference_model_id="",
+        section=TrainSection(batch_pairs=BATCH_PAIRS, seed=0),
+        epochs=EPOCHS,
+        files=files,
+        total_steps=steps,
+        learning_rate=0.0,
+        threads=1,
+    )
+    TorchTrainer(
+        read_stream,
+        train_loop_config={"task": task, "into": str(tmp_path)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        datasets=epoch_datasets(home, files, seed=0, epochs=EPOCHS),
+        dataset_config=stream_config(),
+        run_config=RunConfig(name=f"stream-{workers}", storage_path=str(tmp_path / "ray")),
+    ).fit()
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(workers)]
+    assert [rank["rows"] for rank in found] == [rows * EPOCHS] * workers
+    assert len({rank["digest"] for rank in found}) == 1
+    first = found[0]
+    memory = first["memory"]
+    # The window of rows that are shuffled among each other has filled by a quarter of the first epoch.
+    warm, later = memory[len(memory) // 8 : len(memory) // 2], memory[len(memory) // 2 :]
+    assert statistics.median(later) <= 1.1 * max(warm)
+    boundary = steps // EPOCHS
+    pauses = first["waits"][boundary - 2 : boundary + 2 + SHUFFLE_WINDOW // BATCH_PAIRS]
+    usual = max(first["waits"][SHUFFLE_WINDOW // BATCH_PAIRS + 1 : boundary - 2])
+    assert max(pauses) <= usual + PAUSE_S
+    read = counts(counted)
+    size = sum(Path(file.path).stat().st_size for file in files)
+    names = {file.path for file in files}
+    streamed = sum(count for (path, by_ray), count in read.items() if by_ray and path in names) / size / EPOCHS
+    assert streamed <= 1.2
+    spilled = list(Path(ray._private.worker._global_node.get_session_dir_path()).rglob("ray_spilled_objects*/*"))
+    assert spilled == [], "what does not fit is not materialised"
+    driver = psutil.Process().memory_info().rss
+    claim(
+        f"with {workers} worker(s) a snapshot five times the object store streams without spilling, read at most 1.2 times an epoch, in flat memory",
+        figure=f"{size / 2**20:.0f} MB through {STORE / 2**20:.0f} MB, read {streamed:.2f}x, "
+        f"rank 0 {statistics.median(warm) / 2**20:.0f} then {statistics.median(later) / 2**20:.0f} MB, driver {driver / 2**20:.0f} MB, "
+        f"longest wait at the epochs' boundary {max(pauses):.2f} s",
+        seed=0,
+    )

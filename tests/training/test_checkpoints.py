@@ -1,0 +1,416 @@
+"""Checkpoints: whatever is killed or damaged and whenever, a run ends with the bits of an unbroken one."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from app.errors import DataError, TrainingError
+from app.storage import Home
+from app.training import checkpoints
+from app.training.batch import step_groups
+from app.training.checkpoints import Checkpoints, Resumed, RunIdentity
+from app.training.engine import SingleWorker
+from app.training.loop import optimise
+from app.training.policy import build_policy, trainable
+from tests.training.tiny_runs import OBJECTIVE, SECTION, Threads, engine_of, make_groups, reference_of
+
+IDENTITY = RunIdentity("run", "snapshot", "digest", "recipe")
+STEPS = list(step_groups(make_groups(10), 4))
+SEEDS = range(10)
+
+
+def train(start, home: Home, *, until: int = len(STEPS)) -> tuple[str, list[int]]:
+    """Go on from the newest checkpoint, one checkpoint a step; return the digest of all weights and the steps done."""
+    policy = build_policy(start(), SECTION)
+    engine, workers = engine_of(policy, SECTION), SingleWorker()
+    kept = Checkpoints(home, IDENTITY, workers)
+    done = kept.load_newest(engine).step
+    numbers = []
+    for report in optimise(
+        engine,
+        STEPS[done:until],
+        objective=OBJECTIVE,
+        reference=reference_of(policy, SECTION),
+        section=SECTION,
+        learning_rate=SECTION.learning_rate,
+        total_steps=len(STEPS),
+        done_steps=done,
+        workers=workers,
+    ):
+        numbers.append(report.step)
+        kept.save(engine, step=report.step, reports=[{"step": report.step}])
+    kept.finish()
+    digest = hashlib.sha256()
+    for name, parameter in trainable(policy).items():
+        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        for value in engine.optimizer.state[parameter].values():
+            digest.update(value.numpy().tobytes())
+    return digest.hexdigest(), numbers
+
+
+def names(home: Home) -> list[str]:
+    return home.names("runs/run/checkpoints")
+
+
+def folder(home: Home, name: str) -> Path:
+    return home.local("runs", "run", "checkpoints", name)
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Run in a copy of this process, which is killed or leaves; return its wait status."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            sys.stderr = sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it is the child's to the end
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+CALLS = ("fsync", "replace", "unlink", "rmdir")
+
+
+def die_at(number: int, *, before: bool) -> None:
+    """Let this process be killed around the number-th call that makes something of a checkpoint lasting."""
+    counter = itertools.count(1)
+
+    def deadly(call):
+        def called(*arguments, **options):
+            hit = next(counter) == number
+            if hit and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return call(*arguments, **options)
+            finally:
+                if hit:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return called
+
+    for name in CALLS:
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+@pytest.fixture
+def unbroken(start, home) -> Iterator[str]:
+    digest, numbers = train(start, home)
+    assert numbers == list(range(1, len(STEPS) + 1))
+    yield digest
+
+
+@pytest.fixture
+def other_homes(home, tmp_path) -> Callable[[], Home]:
+    """Copies of the home, without its run."""
+    counter = itertools.count()
+
+    def another() -> Home:
+        place = tmp_path / f"home-{next(counter)}"
+        shutil.copytree(home.local(), place, ignore=shutil.ignore_patterns("runs"))
+        return Home.at(place)
+
+    return another
+
+
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.full)], ids=["before", "after"])
+def test_a_run_killed_around_any_write_ends_with_the_bits_of_an_unbroken_one(
+    start, unbroken, other_homes, before, claim
+):
+    points = 0
+    for number in itertools.count(1):
+        home = other_homes()
+
+        def killed(home=home, number=number):
+            die_at(number, before=before)
+            train(start, home)
+
+        status = in_a_child(killed)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        points += 1
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        digest, numbers = train(start, home)
+        assert digest == unbroken, f"killed {'before' if before else 'after'} call {number}"
+        # What was complete is not done again, what was not is done once.
+        assert numbers == list(range(len(STEPS) - len(numbers) + 1, len(STEPS) + 1))
+        shutil.rmtree(home.local())
+    assert points >= 4 * len(STEPS), "a checkpoint has at least a state, a manifest and their folder"
+    moment = "before" if before else "after"
+    claim(
+        f"killed {moment} any fsync, rename or removal of a checkpoint, a run ends with the bits of an unbroken one",
+        figure=f"{points} of {points} points",
+    )
+
+
+@pytest.mark.full
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(start, unbroken, other_homes, claim):
+    began = time.perf_counter()
+    in_a_child(partial(train, start, other_homes()))
+    whole = time.perf_counter() - began
+    for seed in SEEDS:
+        home, after = other_homes(), random.Random(seed).uniform(0, whole)
+
+        def killed(home=home, after=after):
+            threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            train(start, home)
+
+        for _ in range(3):
+            in_a_child(killed)
+        digest, _ = train(start, home)
+        assert digest == unbroken, f"seed {seed}"
+    claim(
+        "a process killed three times at random moments ends with the bits of an unbroken one",
+        figure=f"{len(SEEDS)} of {len(SEEDS)} runs",
+        seed=f"{SEEDS[0]} to {SEEDS[-1]}",
+    )
+
+
+def truncated(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(len(content))]
+
+
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["state-00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("harm", [truncated, flipped])
+def test_a_damaged_file_is_noticed_named_and_the_checkpoint_before_is_used(start, home, kind, harm, claim):
+    train(start, home)
+    _, newest = names(home)
+    path = folder(home, newest) / kind
+    content = path.read_bytes()
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    for seed in range(20):
+        path.write_bytes(harm(content, random.Random(seed)))
+        resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+        assert resumed.step == len(STEPS) - 1, f"seed {seed}"
+        assert newest in resumed.skipped[0]
+    path.write_bytes(content)
+    assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine).step == len(STEPS)
+    claim(
+        f"a checkpoint whose {kind} is {harm.__name__} is named, and the one before is used",
+        figure="20 of 20",
+        seed="0 to 19",
+    )
+
+
+@pytest.mark.parametrize("kind", ["state-00000.safetensors", "manifest.json"])
+def test_a_file_that_is_gone_or_another_checkpoints_is_noticed(start, home, kind):
+    train(start, home)
+    before, newest = names(home)
+    path = folder(home, newest) / kind
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    path.write_bytes((folder(home, before) / kind).read_bytes())
+    swapped = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+    assert (swapped.step, newest in " ".join(swapped.skipped)) == (len(STEPS) - 1, True)
+    path.unlink()
+    gone = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+    # A folder without a manifest is no checkpoint, as one that was never completed.
+    assert gone.step == len(STEPS) - 1
+    assert len(gone.skipped) == (kind != "manifest.json")
+
+
+def test_nothing_is_read_of_a_checkpoint_that_another_key_signed(start, home, monkeypatch):
+    train(start, home, until=1)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    monkeypatch.setenv("PREFLOOP_SIGNING_KEY", "another key of somebody else, 32 characters")
+    opened = []
+    monkeypatch.setattr(checkpoints, "safe_open", lambda *arguments, **options: opened.append(arguments))
+    resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+    assert resumed.step == 0
+    assert "is not signed with this home's key" in resumed.skipped[0]
+    assert opened == []
+
+
+def test_a_manifest_without_a_signature_is_skipped(start, home):
+    train(start, home, until=1)
+    [name] = names(home)
+    path = folder(home, name) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["signature"]
+    path.write_text(json.dumps(manifest))
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine).step == 0
+
+
+def test_a_checkpoint_tells_where_the_run_goes_on_and_what_was_measured(start, home):
+    train(start, home, until=2)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine) == Resumed(2, ({"step": 2},), ())
+
+
+def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
+    train(start, home, until=1)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    with pytest.raises(TrainingError, match="checkpoints of another snapshot_id"):
+        Checkpoints(home, replace(IDENTITY, snapshot_id="other"), SingleWorker()).load_newest(engine)
+
+
+def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    kept.save(engine, step=1)
+    kept.finish()
+    assert kept.load_newest(engine).step == 1
+
+
+def test_the_newest_two_and_the_best_are_kept(start, home):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    for step, score in enumerate((0.5, 0.9, None, 0.6, None, None), start=1):
+        kept.save(engine, step=step, score=score)
+    kept.finish()
+    assert [int(name.split("-")[1]) for name in names(home)] == [2, 5, 6]
+
+
+def test_what_an_attempt_left_unfinished_is_removed_by_the_next(start, home):
+    train(start, home, until=1)
+    left = folder(home, "step-00000002-dead0000")
+    left.mkdir()
+    (left / "state-00000.safetensors").write_bytes(b"half")
+    train(start, home)
+    assert not left.exists()
+    assert len(names(home)) == 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_waits_for_the_one_before(start, home, monkeypatch):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    written = threading.Event()
+    digest = checkpoints.file_digest
+
+    def slow(*arguments):
+        written.wait(30)
+        return digest(*arguments)
+
+    monkeypatch.setattr(checkpoints, "file_digest", slow)
+    kept.save(engine, step=1)
+    assert names(home) == [], "it is being written"
+    threading.Timer(0.5, written.set).start()
+    assert kept.save(engine, step=2) > 0.4, "two at once would be two copies of the state"
+    kept.finish()
+    assert [name[:13] for name in names(home)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_that_is_never_done_ends_the_run_in_bounded_time(start, home, monkeypatch):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    monkeypatch.setattr(checkpoints, "STALL_S", 0.2)
+    held = threading.Event()
+    monkeypatch.setattr(checkpoints, "file_digest", lambda *arguments: held.wait(30))
+    kept.save(engine, step=1)
+    with pytest.raises(DataError, match=r"is not written after 0 s"):
+        kept.finish()
+    held.set()
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(start, home, monkeypatch):
+    train(start, home, until=1)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+
+    def full(tensors, path):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(DataError, match=r"cannot be written: .*No space left on device[\s\S]*make room"):
+        kept.save(engine, step=2)
+    monkeypatch.undo()
+    assert kept.load_newest(engine).step == 1
+    assert not list(home.local("runs").rglob("step-00000002*/state*"))
+
+
+def test_a_storage_that_fails_while_training_goes_on_is_told_at_the_next_checkpoint(start, home, monkeypatch):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    monkeypatch.setattr(checkpoints, "file_digest", lambda *arguments: (_ for _ in ()).throw(OSError("it went away")))
+    kept.save(engine, step=1)
+    with pytest.raises(DataError, match=r"step-00000001-\w+` cannot be written: it went away"):
+        kept.save(engine, step=2)
+
+
+class Sliced:
+    """An engine of which every rank keeps a part."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.read = rank, ""
+
+    def state(self):
+        return {"w": torch.full((3,), float(self.rank))}
+
+    def restore(self, stored):
+        self.read = stored("w").slice(0, 6).tolist()
+
+
+def test_ranks_leave_receipts_and_the_first_one_signs_for_all(home):
+    threads = Threads(2)
+
+    def work(number: int):
+        kept = Checkpoints(home, IDENTITY, threads.rank(number))
+        engine = Sliced(number)
+        kept.save(engine, step=4)
+        kept.finish()
+        threads.barrier.wait()
+        return kept.load_newest(engine).step, engine.read
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [(4, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0])] * 2
+    [name] = names(home)
+    manifest = home.artifact("runs/run/checkpoints", name).manifest()
+    assert sorted(manifest["files"]) == ["state-00000.safetensors", "state-00001.safetensors"]
+
+
+def test_a_receipt_that_nobody_signed_completes_nothing(home):
+    threads = Threads(2)
+
+    def work(number: int):
+        kept = Checkpoints(home, IDENTITY, threads.rank(number))
+        if number:
+            kept.receipt = lambda files: json.dumps({"files": files, "signature": "0" * 64}).encode()
+        kept.save(Sliced(number), step=4)
+        if number:
+            kept.finish()
+            return
+        with pytest.raises(DataError, match="not signed with this home's key"):
+            kept.finish()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert names(home) == []
+
+
+def test_slices_of_several_ranks_are_cut_anew_for_any_other_number(tmp_path):
+    whole = torch.arange(10.0)
+    for ranks in (1, 2, 3, 4, 7):
+        width = -(-10 // ranks)
+        padded = torch.cat([whole, torch.zeros(ranks * width - 10)])
+        files = [tmp_path / f"state-{ranks}-{rank:05d}.safetensors" for rank in range(ranks)]
+        for rank, path in enumerate(files):
+            save_file({"w": padded[rank * width : (rank + 1) * width].clone()}, path)
+        stored = checkpoints._reader(files)("w")
+        for start, stop in ((0, 10), (0, 1), (3, 8), (9, 10)):
+            assert stored.slice(start, stop).tolist() == whole[start:stop].tolist()
+        assert checkpoints._reader(files)("v") is None
