@@ -12,8 +12,8 @@ test: $(STAMP) browser
 	$(BIN)/pytest -m "not full" $(ARGS)
 
 test-full: $(STAMP) browser
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track]"
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track,cluster-test]"
+	$(BIN)/pytest --reliability RELIABILITY.md $(ARGS)
 
 # ARGS="--data PAIRS" at least
 bench: $(STAMP)

@@ -12,10 +12,16 @@ import app
 from app.cli import cli
 from app.config import Recipe, load_recipe
 from app.demo.runner import _comments, _differences
+from tests.reliability import read_claims
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "RELIABILITY.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def commands_of_the_documents() -> set[str]:
@@ -61,6 +67,7 @@ def test_the_help_lists_every_step_of_the_loop():
         "ship",
         "rollback",
         "loop",
+        "jobs",
         "serve",
         "dashboard",
         "status",
@@ -114,3 +121,11 @@ def test_a_wrong_recipe_is_one_message_and_exit_code_1(tmp_path):
     assert "did you mean `train`?" in result.stderr
     assert "did you mean `min_pairs`?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_every_claim_names_a_test_that_exists():
+    claims = read_claims((ROOT / "RELIABILITY.md").read_text())
+    assert claims
+    for claim in claims:
+        file, _, function = claim.test.partition("::")
+        assert f"def {function}(" in (ROOT / file).read_text(), claim.test

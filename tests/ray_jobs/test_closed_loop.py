@@ -1,6 +1,6 @@
 """The whole loop as a user runs it: a cluster, one command, a driver killed while it trains, and a second round on top.
 
-    ray start --head   ->  ray job submit -- python -m ray_jobs.loop R.yaml  ->  SIGKILL  ->  the same  ->  the same
+    ray start --head   ->  prefloop jobs submit loop R.yaml --id round-1  ->  SIGKILL  ->  the same  ->  ... --id round-2
 
 Nothing is replaced by a fake but the people, whom the simulated audience of the recipe stands for. The SFT model has
 27 thousand weights and says one of three words with a full stop or, less often, an exclamation mark; the audience
@@ -193,6 +193,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         # The service is stopped before Ray; a node that drains once more only waits.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        # The code is what the nodes have; a job brings its recipe.
+        "PYTHONPATH": str(ROOT),
+        # One step a second: tiny steps would be over before anybody could kill them.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     }
     subprocess.run(
         ["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True, umask=0o77
@@ -229,7 +233,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def killed(cluster: Cluster) -> Seen:
     """The first round, whose driver was killed while it trained, with no chance to say a word."""
-    with submitted(cluster) as job:
+    with submitted(cluster, "round-1") as job:
         end = time.monotonic() + JOB_S
         driver = None
         while (seen := look(cluster)) is None or seen.metrics.get("stage") != "train" or not seen.steps:
@@ -250,13 +254,13 @@ def killed(cluster: Cluster) -> Seen:
 @pytest.fixture(scope="module")
 def first(cluster: Cluster, killed: Seen) -> Seen:
     """The first round after the same command again."""
-    return round_to_the_end(cluster, code=0)
+    return round_to_the_end(cluster, "round-1", code=0)
 
 
 @pytest.fixture(scope="module")
 def second(cluster: Cluster, first: Seen) -> Seen:
     """The second round: the same command once more."""
-    return round_to_the_end(cluster, code=3)
+    return round_to_the_end(cluster, "round-2", code=3)
 
 
 def test_a_killed_driver_leaves_a_round_that_the_same_command_ends_with_ship(killed: Seen, first: Seen) -> None:
@@ -264,6 +268,40 @@ def test_a_killed_driver_leaves_a_round_that_the_same_command_ends_with_ship(kil
     assert (first.run_id, first.status, first.attempt) == (killed.run_id, "succeeded", 2)
     assert first.trained == ("succeeded", 2)
     assert first.champion == (first.stages["train"]["model"], 2)
+
+
+def test_a_job_is_one_job_by_its_id(cluster: Cluster, second: Seen) -> None:
+    again = asked(cluster, "submit", "loop", cluster.recipe.name, "--home", cluster.home.uri, "--id", "round-1")
+    assert again == "job round-1-a2: succeeded already, nothing was submitted\n"
+    again = asked(cluster, "submit", "loop", cluster.recipe.name, "--home", cluster.home.uri, "--id", "round-2")
+    assert again == "job round-2: held already, nothing was submitted\n"
+    other = jobs("submit", "evaluate", cluster.recipe.name, "--id", "round-2", "--address", cluster.address)
+    refused = subprocess.run(
+        other, env=cluster.environment, cwd=cluster.recipe.parent, capture_output=True, text=True, timeout=STOP_S
+    )
+    assert refused.returncode == 1
+    assert "job `round-2` is another one" in refused.stderr
+    listed = [line.split()[:3] for line in asked(cluster, "list").splitlines()[1:] if "round" in line]
+    assert listed == [
+        ["round-2", "loop", "HELD"],
+        ["round-1-a2", "loop", "SUCCEEDED"],
+        ["round-1", "loop", "FAILED"],
+    ]
+    assert "SHIP" in asked(cluster, "logs", "round-1")
+    assert "HOLD" in asked(cluster, "logs", "round-2")
+
+
+def test_a_job_that_is_stopped_says_so_and_leaves_in_order(cluster: Cluster, second: Seen) -> None:
+    asked(cluster, "submit", "loop", cluster.recipe.name, "--home", cluster.home.uri, "--id", "round-3")
+    end = time.monotonic() + JOB_S
+    while (seen := look(cluster)) is None or seen.run_id == second.run_id:
+        assert time.monotonic() < end, asked(cluster, "logs", "round-3")
+        time.sleep(0.1)
+    assert asked(cluster, "stop", "round-3") == "job round-3: stopped\n"
+    assert "interrupted; what was acknowledged is kept" in asked(cluster, "logs", "round-3")
+    stopped = look(cluster)
+    assert stopped is not None
+    assert (stopped.status, stopped.champion) == ("stopped", second.champion)
 
 
 def test_what_was_finished_when_the_driver_was_killed_is_not_done_again(killed: Seen, first: Seen) -> None:
@@ -327,16 +365,12 @@ def test_the_second_reference_is_the_champion_that_was_served_to_the_number(
 
 
 @contextmanager
-def submitted(cluster: Cluster) -> Iterator["subprocess.Popen[bytes]"]:
-    """The loop by `ray job submit`, which prints what the job prints until it ends."""
-    # One step a second: tiny steps would be over before anybody could kill them.
-    slowly = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
-    variables = {"env_vars": {"PREFLOOP_HOME": cluster.home.uri, **slowly}}
-    command = ["ray", "job", "submit", "--address", cluster.address, "--working-dir", "."]
-    command += ["--runtime-env-json", json.dumps(variables)]
-    command += ["--", "python", "-m", "ray_jobs.loop", str(cluster.recipe)]
+def submitted(cluster: Cluster, job_id: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """The loop on the cluster; prints what the job prints until it ends, and leaves with its exit code."""
+    command = [*jobs("submit", "loop", cluster.recipe.name, "--address", cluster.address)]
+    command += ["--home", cluster.home.uri, "--id", job_id, "--follow"]
     with job_log(cluster).open("wb") as log:
-        process = subprocess.Popen(command, env=cluster.environment, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=cluster.environment, cwd=cluster.recipe.parent, stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -345,12 +379,23 @@ def submitted(cluster: Cluster) -> Iterator["subprocess.Popen[bytes]"]:
             process.wait()
 
 
-def round_to_the_end(cluster: Cluster, *, code: int) -> Seen:
-    with submitted(cluster) as job:
+def jobs(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("prefloop")), "jobs", *arguments]
+
+
+def asked(cluster: Cluster, *arguments: str) -> str:
+    command = jobs(*arguments, "--address", cluster.address)
+    told = subprocess.run(
+        command, env=cluster.environment, cwd=cluster.recipe.parent, capture_output=True, text=True, timeout=STOP_S
+    )
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+def round_to_the_end(cluster: Cluster, job_id: str, *, code: int) -> Seen:
+    with submitted(cluster, job_id) as job:
         ended = job.wait(JOB_S)
-    told = "succeeded" if code == 0 else f"failed with exit code {code}"
-    assert (ended == 0) == (code == 0), log_of(cluster)
-    assert told in log_of(cluster), log_of(cluster)
+    assert ended == code, log_of(cluster)
     seen = look(cluster)
     assert seen is not None
     return seen
