@@ -1,7 +1,7 @@
 """The commands of cluster.yaml as they stand, on bare nodes: then every job of the product from a client of its own.
 
-Each node is a process group with a process table, a home and an environment of its own (Linux namespaces), because
-`ray stop` ends all of Ray that it sees. The nodes share a folder for the state, which they find by `~/.prefloop.env`.
+Each node has a process table, a home, a folder for Ray and an environment of its own (Linux namespaces), because `ray stop`
+ends all of Ray that it sees. The nodes share a folder for the state, which they find by `~/.prefloop.env`.
 """
 
 import os
@@ -70,7 +70,9 @@ def mounted(home: Path, token: Path, state: Path) -> None:
 @contextmanager
 def node(home: Path, commands: list[str], log: Path, **variables: str) -> Iterator[None]:
     """Run the start commands in namespaces of their own, and keep what they started until the block ends."""
-    script = "\n".join(["set -e", *commands, "exec sleep infinity"])
+    # A folder of its own for Ray: nodes that share one remove each other's copies of a job's working directory.
+    own = ["mkdir -p ~/ray /tmp/ray", "mount --bind ~/ray /tmp/ray"]
+    script = "\n".join(["set -e", *own, *commands, "exec sleep infinity"])
     isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
     with log.open("wb") as stream:
         process = subprocess.Popen(
