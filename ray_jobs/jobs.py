@@ -40,6 +40,7 @@ checkpoint that is being written is lost, the one before it stays."""
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ATTEMPT = re.compile(r"-a([0-9]+)$")
 _POLL_S = 1.0
+_AGENT_S = 60.0
 _WIDE = 240
 _HELD = "HELD"
 _KEPT_HERE = [".git", ".venv", ".prefloop", "*.env", ".ray"]
@@ -130,15 +131,24 @@ class Cluster:
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
         if request.home is not None:
             variables[HOME_VARIABLE] = request.home
-        self._asked(
-            lambda: self._client.submit_job(
-                entrypoint=request.entrypoint(),
-                submission_id=attempt,
-                runtime_env={"working_dir": ".", "excludes": _KEPT_HERE, "env_vars": variables},
-                metadata={"prefloop_job": request.job},
-            )
-        )
-        return attempt, before
+        end = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                self._asked(
+                    lambda: self._client.submit_job(
+                        entrypoint=request.entrypoint(),
+                        submission_id=attempt,
+                        runtime_env={"working_dir": ".", "excludes": _KEPT_HERE, "env_vars": variables},
+                        metadata={"prefloop_job": request.job},
+                    )
+                )
+            except ServiceError as error:
+                # A head that was just started answers before it can take a job.
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(_POLL_S)
+            else:
+                return attempt, before
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return id, job, state, start, seconds and message of every job of the product, the newest first."""

@@ -324,17 +324,17 @@ def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tin
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_an_epoch_reads_its_snapshot_once_whatever_the_number_of_workers(data, tiny_model, claim):
-    settings = ScaleSettings(data, 64, 64, str(tiny_model), "lora", "float32", 64)
-    found = bench_scale(settings, say=print)
+def test_more_workers_read_no_more_of_a_snapshot_and_make_no_more_collectives(data, tiny_model, claim):
+    found = bench_scale(ScaleSettings(data, 40, 64, str(tiny_model), "lora", "float32", 64), say=print)
     assert [layout.workers for layout in found] == [1, 2, 4, 8]
-    for layout in found:
-        assert 0.9 <= layout.read_by_stream <= 1.2, layout
-        assert (layout.collectives > 0) == (layout.workers > 1), layout
-    several = [layout for layout in found if layout.workers > 1]
-    assert max(layout.collectives for layout in several) == min(layout.collectives for layout in several)
+    read = [layout.read_by_stream for layout in found]
+    assert 0 < max(read) <= 1.05 * min(read), (
+        "a file of some kilobytes is read more than once: for its end, for its columns"
+    )
+    assert found[0].collectives == 0
+    assert len({layout.collectives for layout in found[1:]}) == 1
     assert overhead(found) > -1
     claim(
-        "an epoch reads its snapshot once from storage with 1, 2, 4 and 8 workers (at most 1.2 times)",
-        figure=", ".join(f"{layout.read_by_stream:.2f}" for layout in found),
+        "as much is read of a snapshot with 1, 2, 4 and 8 workers, in as many collectives a step",
+        figure=f"{', '.join(f'{share:.2f}' for share in read)} times a small file; {found[1].collectives:.0f} collectives",
     )
