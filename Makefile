@@ -13,7 +13,7 @@ test: $(STAMP) browser
 
 test-full: $(STAMP) browser
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track,cluster-test]"
-	$(BIN)/pytest --reliability RELIABILITY.md $(ARGS)
+	$(BIN)/pytest --reliability=RELIABILITY.md $(ARGS)
 
 # ARGS="--data PAIRS" at least
 bench: $(STAMP)
