@@ -291,6 +291,7 @@ def test_a_job_is_one_job_by_its_id(cluster: Cluster, second: Seen) -> None:
     assert "HOLD" in asked(cluster, "logs", "round-2")
 
 
+@pytest.mark.full
 def test_a_job_that_is_stopped_says_so_and_leaves_in_order(cluster: Cluster, second: Seen) -> None:
     asked(cluster, "submit", "loop", cluster.recipe.name, "--home", cluster.home.uri, "--id", "round-3")
     end = time.monotonic() + JOB_S

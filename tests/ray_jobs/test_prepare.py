@@ -89,6 +89,7 @@ def scored(home, snapshot_id):
     return {ids: logp for g in groups for ids, logp in zip(g.responses, g.reference_logps, strict=True)}
 
 
+@pytest.mark.full
 def test_the_reference_of_round_2_is_the_served_champion_and_not_the_sft_model(cluster, home, ledger, tiny_model):
     _, champion = ship_another_model(home, ledger, tiny_model)
     pairs, served = served_pairs(home, champion.model_id)

@@ -322,6 +322,7 @@ def test_a_refusal_of_a_worker_ends_the_run_at_its_first_attempt(cluster, stage)
         assert "prepare.reuse_scores=false" in run.error
 
 
+@pytest.mark.full
 def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(sft, epochs=None, min_steps=25, learning_rate=None)
