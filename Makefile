@@ -3,15 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full bench lint format browser clean
+.PHONY: demo test test-full bench lint format programs clean
 
 demo: $(STAMP)
 	$(BIN)/prefloop demo $(ARGS)
 
-test: $(STAMP) browser
+test: $(STAMP) programs
 	$(BIN)/pytest -m "not full" $(ARGS)
 
-test-full: $(STAMP) browser
+test-full: $(STAMP) programs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[dev,track,cluster-test]"
 	$(BIN)/pytest --reliability=RELIABILITY.md $(ARGS)
 
@@ -29,11 +29,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The browser test runs Debian's Chromium; without root it must be there already.
-browser:
-	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
-		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-		|| echo "chromium is missing: install Debian's package chromium to run the browser test"
+# Tests run Debian's Chromium, PostgreSQL and ip; without root they must be there already.
+programs:
+	@{ command -v chromium && ls /usr/lib/postgresql/*/bin/postgres && command -v ip; } >/dev/null 2>&1 \
+		|| { test "$$(id -u)" = 0 && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium postgresql iproute2 >/dev/null; } \
+		|| echo "tests will be skipped: install Debian's packages chromium, postgresql and iproute2 to run them all"
 
 # torch first: with it in place no other package pulls another build of it. Debian's python3 makes no environment with
 # pip unless python3-venv is there too; its pip can put itself into one.

@@ -312,6 +312,11 @@ class Ledger:
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         arguments: dict[str, Any] = {}
+        if parsed.get_backend_name() == "postgresql":
+            # A machine that lost its power closes nothing: the server must find out by itself, and not after hours.
+            found_out = {"idle": 30, "interval": 10, "count": 3}
+            options = " ".join(f"-c tcp_keepalives_{name}={value}" for name, value in found_out.items())
+            arguments["connect_args"] = {"options": options}
         if parsed.get_backend_name() == "sqlite":
             arguments["connect_args"] = {"timeout": 60}
             if parsed.database:
@@ -359,14 +364,11 @@ class Ledger:
         """
         if self.engine.dialect.name == "postgresql":
             with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                # A machine that lost its power closes nothing: the server must find out by itself, and not after hours.
-                for setting, value in (("idle", 30), ("interval", 10), ("count", 3)):
-                    connection.execute(sa.text(f"SET tcp_keepalives_{setting} = {value}"))
                 query = sa.text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
                 try:
                     yield bool(connection.scalar(query, {"name": f"prefloop:{name}"}))
                 finally:
-                    # Back in the pool it would keep the lock and the settings.
+                    # Back in the pool it would keep the lock.
                     connection.invalidate()
             return
         folder = Path(str(self.engine.url.database)).parent / "locks"
@@ -537,6 +539,12 @@ class Ledger:
             if row is None:
                 row = ChampionRow(deployment=deployment, model_id=model_id, revision=1, updated_at=now())
                 session.add(row)
+                try:
+                    session.flush()
+                except IntegrityError:
+                    # A row that is not there yet cannot be locked.
+                    msg = f"`{deployment}` has a champion by now: somebody else shipped"
+                    raise LedgerError(msg) from None
             else:
                 row.previous_model_id, row.model_id = row.model_id, model_id
                 row.revision, row.updated_at = row.revision + 1, now()

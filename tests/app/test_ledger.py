@@ -1,7 +1,10 @@
-"""The ledger: one row for one event, one winner for one champion, nothing lost, nothing forged."""
+"""The ledger: one row for one event, one winner for one champion, nothing lost, nothing forged. On both databases."""
 
 import multiprocessing
+import secrets
 import threading
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -22,6 +25,7 @@ from app.ledger import (
     UnknownResponse,
     now,
 )
+from tests.postgres import postgresql
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -51,6 +55,28 @@ def response(response_id: str, **more) -> ResponseRow:
         "created_at": CREATED,
     }
     return ResponseRow(**{**fields, **more})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[sa.URL]:
+    with postgresql() as url:
+        yield sa.make_url(url).set(drivername="postgresql+psycopg")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request, home, monkeypatch) -> Iterator[Ledger]:
+    """An empty one, which others find at `home.ledger_url`."""
+    if request.param == "postgresql":
+        server = request.getfixturevalue("server")
+        name = f"test_{secrets.token_hex(4)}"
+        engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        monkeypatch.setenv("PREFLOOP_LEDGER", server.set(database=name).render_as_string(hide_password=False))
+    opened = Ledger.open(home.ledger_url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
@@ -310,3 +336,30 @@ def test_a_name_is_held_by_one_at_a_time_and_free_again_afterwards(ledger, home)
     with other.alone("loop-mine") as again:
         assert again
     other.close()
+
+
+def _hold(url: str, held) -> None:
+    with Ledger.open(url).alone("loop-mine") as alone:
+        held.put(alone)
+        time.sleep(600)
+
+
+def test_a_name_whose_holder_was_killed_is_free(ledger, home):
+    context = multiprocessing.get_context("spawn")
+    held = context.Queue()
+    holder = context.Process(target=_hold, args=(home.ledger_url, held), daemon=True)
+    holder.start()
+    try:
+        assert held.get(timeout=120)
+        with ledger.alone("loop-mine") as mine:
+            assert not mine
+    finally:
+        holder.kill()
+        holder.join(60)
+    end = time.monotonic() + 30
+    while True:
+        with ledger.alone("loop-mine") as mine:
+            if mine:
+                break
+        assert time.monotonic() < end, "the dead holder still has it"
+        time.sleep(0.1)
