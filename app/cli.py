@@ -322,7 +322,7 @@ def bench(
     groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Cut prompts to their last tokens.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = _ROUNDS,
-    model: Annotated[str, typer.Option(help="`embedded`, a folder or a hub id.")] = "embedded",
+    model: Annotated[str, typer.Option(help="`embedded`, a folder, a URI or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
     expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 where it is missed.")] = [],  # noqa: B006
     into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,

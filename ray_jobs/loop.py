@@ -232,7 +232,8 @@ def _collect(session: Session, run: LoopRun, console: Console) -> dict[str, Any]
             api_key=session.home.api_key(),
             section=section,
             round_id=run.run_id,
-            journal=session.home.local("demo", f"{run.run_id}.jsonl"),
+            # On another machine a round that was killed would ask its audience again.
+            journal=session.home.near("demo", f"{run.run_id}.jsonl"),
             on_progress=functools.partial(meter.show, "collect"),
         )
 

@@ -319,7 +319,7 @@ def _machine() -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the self-test."""
     parser = argparse.ArgumentParser(prog="python -m ray_jobs.selftest")
-    parser.add_argument("--model", default="embedded", help="`embedded`, a folder or a hub id")
+    parser.add_argument("--model", default="embedded", help="`embedded`, a folder, a URI or a hub id")
     parser.add_argument("--json", type=Path, default=Path("selftest.json"), help="where the result is written")
     options = parser.parse_args(argv)
     console = Console()

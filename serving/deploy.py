@@ -15,12 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -179,7 +177,7 @@ def _start_cluster(home: Home) -> Services:
         # The application is drained before Ray is stopped; a node that drains once more only waits.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    log = home.local("ray.log") if home.is_local else Path(tempfile.gettempdir(), "prefloop-ray.log")
+    log = home.near("ray.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         # A session of its own: Ctrl-C in the terminal is for this process, which then stops Ray in order.

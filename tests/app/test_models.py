@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,6 +104,30 @@ def test_what_a_download_from_the_hub_brings_along_stays_outside(home, ledger, f
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_a_checkpoint_in_an_object_store_is_the_model_that_its_folder_would_be(home, ledger, folder):
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "state.json").write_text("{}")
+    torch.save({}, folder / "pytorch_model.bin")
+    store, place = fsspec.filesystem("memory"), f"/sft-{folder.parent.name}"
+    store.put(f"{folder}/", place, recursive=True)
+    from_store = ensure_sft(home, ledger, f"memory:/{place}")
+    assert from_store.digest == ensure_sft(home, ledger, str(folder)).digest
+    assert load_model(home, from_store.model_id, dtype="float32").digest == from_store.digest
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("memory://nothing-here", "nothing is at `memory://nothing-here`"),
+        ("s3://ana:secret@bucket/sft", "names an account in `s3://…/sft`"),
+        ("nosuch://a/b", "`nosuch://a/b` cannot be brought to .*: Protocol not known: nosuch"),
+    ],
+)
+def test_a_uri_without_a_checkpoint_is_refused(home, ledger, uri, words):
+    with pytest.raises(ModelError, match=words):
+        ensure_sft(home, ledger, uri)
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,14 @@ def test_the_default_home_of_a_ray_job_is_not_its_working_copy(tmp_path, monkeyp
     assert Home.from_environment().uri == str(tmp_path / ".prefloop")
 
 
+def test_what_may_be_lost_with_a_machine_lies_in_a_home_that_is_a_folder_or_beside_one_that_is_not(home):
+    assert home.near("demo", "x") == home.local("demo", "x")
+    one, other = (Home.at(f"memory://{name}/home").near("demo", "x") for name in ("one", "other"))
+    assert one.is_absolute()
+    assert one.parts[-2:] == other.parts[-2:] == ("demo", "x")
+    assert one != other, "two homes share nothing"
+
+
 def test_a_remote_home_keeps_artifacts_but_no_sqlite_ledger(monkeypatch):
     monkeypatch.delenv("PREFLOOP_LEDGER", raising=False)
     home = Home.at("memory://home")
