@@ -96,7 +96,7 @@ class DistributedWorkers:
         self.size = dist.get_world_size()
         self.device, self.sharded = device, sharded
         self.collectives = self.collective_bytes = 0
-        """What this rank gave to collectives of ours since it was last asked; those of a sharding library are its own."""
+        """What this rank gave to collectives since it was last asked, ours and those of a sharding library."""
 
     def told(self) -> dict[str, int]:
         """Return and forget what was given to collectives."""
@@ -104,7 +104,8 @@ class DistributedWorkers:
         self.collectives = self.collective_bytes = 0
         return found
 
-    def _count(self, size: int) -> None:
+    def count(self, size: int) -> None:
+        """Note that this rank gave so many bytes to a collective."""
         self.collectives += 1
         self.collective_bytes += size
 
@@ -113,18 +114,18 @@ class DistributedWorkers:
         shared = [step]
         dist.broadcast_object_list(shared, src=0)
         assert shared[0] is not None  # noqa: S101  the first rank has one
-        self._count(_TOKEN_BYTES * sum(group.num_tokens for group in shared[0].groups))
+        self.count(_TOKEN_BYTES * sum(group.num_tokens for group in shared[0].groups))
         return shared[0]
 
     def sum_(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks, in place."""
-        self._count(tensor.numel() * tensor.element_size())
+        self.count(tensor.numel() * tensor.element_size())
         dist.all_reduce(tensor)
 
     def gather(self, rows: list[Row]) -> list[Row]:
         """Return the rows of all ranks."""
         parts: list[list[Row]] = [[] for _ in range(self.size)]
-        self._count(0)
+        self.count(0)
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
 
@@ -133,7 +134,7 @@ class DistributedWorkers:
         if not self.sharded:
             return batches
         most = torch.tensor([batches], device=self.device)
-        self._count(most.element_size())
+        self.count(most.element_size())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
@@ -168,9 +169,12 @@ def _train(task: TrainTask) -> None:
     device = device_of(ray.get_gpu_ids())
     home, section = task.home(), task.section
     sharded = section.sharding == "zero3"
-    several = sharded or (dist.is_initialized() and dist.get_world_size() > 1)
-    workers: Workers = DistributedWorkers(device, sharded=sharded) if several else SingleWorker()
-    sharding = _Sliced(task, device, workers) if sharded else _Whole(task, device, workers)
+    if sharded or (dist.is_initialized() and dist.get_world_size() > 1):
+        ranks = DistributedWorkers(device, sharded=sharded)
+        sharding: _Whole = _Sliced(task, device, ranks) if sharded else _Whole(task, device, ranks)
+    else:
+        sharding = _Whole(task, device, SingleWorker())
+    workers = sharding.workers
     start = sharding.load(task.start_model_id, _dtype(section))
     objective = load_objective(section.objective, section.options)
     policy = sharding.policy(start, agreement="agreement" in objective.needs)
@@ -293,7 +297,7 @@ class _Whole:
 class _Sliced(_Whole):
     """Every worker holds slices (`app.training.zero`)."""
 
-    def __init__(self, task: TrainTask, device: torch.device, workers: Workers) -> None:
+    def __init__(self, task: TrainTask, device: torch.device, workers: DistributedWorkers) -> None:
         super().__init__(task, device, workers)
         # It looks for GPUs when it is imported, and a GPU that is only visible belongs to somebody else.
         os.environ["DS_ACCELERATOR"] = device.type
@@ -301,7 +305,7 @@ class _Sliced(_Whole):
         from app.training import zero
 
         self._zero = zero
-        zero.join(device)
+        zero.join(device, count=workers.count)
         self._calls = head_calls(task.section.micro_batch_tokens)
         self._dtype = DTYPES[_dtype(task.section)]
         self.merge = partial(zero.merge_in_slices, dtype=self._dtype)

@@ -1,7 +1,8 @@
 """`prefloop bench scale`: what more workers cost, on the train job itself.
 
     named overhead   one worker with two threads against two with one: the same cores, so what is lost is Ray's and the collectives'
-    collectives      how many a step makes and how many bytes of a worker go into them, at 1, 2 and 4 workers
+    collectives      how many a step makes and how many bytes of a worker go into them, at 1, 2 and 4 workers, with all weights
+                     on each and in slices (ZeRO-3)
     storage          bytes that an epoch reads of its snapshot, at 1, 2, 4 and 8 workers: once, whatever their number
 
 Every run is `prefloop train` on the same training snapshot, in a home that counts what is read of it and that the job takes
@@ -32,8 +33,11 @@ from app.models import ensure_sft, load_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.storage import HOME_VARIABLE, LEDGER_VARIABLE, SIGNING_VARIABLE, Home
 
-_LAYOUTS = ((1, 2), (2, 1), (4, 1), (8, 1))
-"""Workers, and torch threads of each."""
+_LAYOUTS = (
+    *((1, 2, "none"), (2, 1, "none"), (4, 1, "none"), (8, 1, "none")),
+    *((1, 1, "zero3"), (2, 1, "zero3"), (4, 1, "zero3")),
+)
+"""Workers, torch threads of each, and `train.sharding`."""
 _EPOCHS = 2
 _FIRST = 2
 """Steps that are left out: the first ones allocate."""
@@ -58,6 +62,7 @@ class Layout:
 
     workers: int
     threads: int
+    sharding: str
     step_seconds: float
     """Median."""
     collectives: float
@@ -74,7 +79,7 @@ class Layout:
     def line(self) -> str:
         """Say it in one line."""
         return (
-            f"{self.workers} worker(s) x {self.threads} thread(s)  {self.step_seconds:7.3f} s a step  "
+            f"{self.workers} worker(s) x {self.threads} thread(s), sharding {self.sharding:5}  {self.step_seconds:7.3f} s a step  "
             f"{self.collectives:5.1f} collectives, {self.collective_bytes / 1e6:9.3f} MB a step  waits {self.wait_seconds:.4f} s  "
             f"read {self.read_by_stream:.2f}x the snapshot an epoch (and {self.read_by_checks:.2f}x once, to verify it)"
         )
@@ -113,8 +118,8 @@ def bench_scale(settings: ScaleSettings, *, say: Say) -> list[Layout]:
             _child("prepare", recipe, environment)
             snapshot = _newest(ledger, "training")
             found = []
-            for workers, threads in _LAYOUTS:
-                found.append(_run(place, ledger, recipe, snapshot, environment, workers, threads))
+            for workers, threads, sharding in _LAYOUTS:
+                found.append(_run(place, ledger, recipe, snapshot, environment, workers, threads, sharding))
                 say(found[-1].line())
             return found
         finally:
@@ -123,7 +128,7 @@ def bench_scale(settings: ScaleSettings, *, say: Say) -> list[Layout]:
 
 def overhead(found: Sequence[Layout]) -> float:
     """Return what two workers with a thread each lose against one with two: seconds of a step over seconds, less one."""
-    seconds = {(layout.workers, layout.threads): layout.step_seconds for layout in found}
+    seconds = {(layout.workers, layout.threads): layout.step_seconds for layout in found if layout.sharding == "none"}
     return seconds[2, 1] / seconds[1, 2] - 1
 
 
@@ -162,11 +167,18 @@ def _newest(ledger: Ledger, kind: str) -> str:
 
 
 def _run(
-    place: Path, ledger: Ledger, recipe: Path, snapshot: str, environment: dict[str, str], workers: int, threads: int
+    place: Path,
+    ledger: Ledger,
+    recipe: Path,
+    snapshot: str,
+    environment: dict[str, str],
+    workers: int,
+    threads: int,
+    sharding: str,
 ) -> Layout:
-    run = f"scale-{workers}x{threads}"
+    run = f"scale-{workers}x{threads}-{sharding}"
     with tempfile.TemporaryDirectory(prefix="prefloop-counts-") as folder:
-        settings = {"workers.workers": workers, "workers.threads_per_worker": threads}
+        settings = {"workers.workers": workers, "workers.threads_per_worker": threads, "train.sharding": sharding}
         arguments = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
         _child(
             "train",
@@ -192,6 +204,7 @@ def _run(
     return Layout(
         workers=workers,
         threads=threads,
+        sharding=sharding,
         step_seconds=statistics.median(step["seconds"] for step in steps),
         collectives=statistics.fmean(step.get("collectives", 0) for step in steps),
         collective_bytes=statistics.fmean(step.get("collective_bytes", 0) for step in steps),

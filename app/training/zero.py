@@ -11,7 +11,7 @@ would ask for ninja and a compiler at start (`deepspeed/comm/torch.py`), and tor
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -35,8 +35,25 @@ _FILE_BYTES: Final = 2 << 30
 _DEVICE: Final = partition_parameters.DeepSpeedTensorOverride.device
 
 
-def join(device: torch.device) -> None:
+_COLLECTIVES: Final = {
+    "all_gather": ("tensor", 1),
+    "all_gather_coalesced": ("input_tensors", 1),
+    "all_gather_into_tensor": ("input_tensor", 1),
+    "all_reduce": ("tensor", 0),
+    "broadcast": ("tensor", 0),
+    "reduce": ("tensor", 0),
+    "reduce_scatter": ("input_list", 1),
+    "reduce_scatter_tensor": ("input_tensor", 1),
+}
+"""Those that DeepSpeed asks torch for, with the name and the place of the argument that a worker gives to them."""
+
+
+def join(device: torch.device, *, count: Callable[[int], None]) -> None:
     """Let DeepSpeed use the process group that is there; call it once, before any other function of this module.
+
+    Args:
+        device: where this worker computes.
+        count: told the bytes that this worker gives to a collective, for each one; a broadcast counts on every worker.
 
     Raises:
         ModelError: DeepSpeed took another kind of device for its own; it looks for GPUs whoever they belong to, unless
@@ -48,6 +65,21 @@ def join(device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, dist_init_required=False)
+    backend_of_torch = deepspeed.comm.comm.cdb
+    for name, (given, place) in _COLLECTIVES.items():
+        setattr(backend_of_torch, name, _counted(getattr(backend_of_torch, name), given, place, count))
+
+
+def _counted(
+    collective: Callable[..., Any], given: str, place: int, count: Callable[[int], None]
+) -> Callable[..., Any]:
+    def call(*arguments: Any, **more: Any) -> Any:
+        # DeepSpeed's own decorators hide the signature.
+        found = more[given] if given in more else arguments[place]
+        count(sum(tensor.nbytes for tensor in ([found] if isinstance(found, Tensor) else found)))
+        return collective(*arguments, **more)
+
+    return call
 
 
 class Zero3:
@@ -177,7 +209,8 @@ def load_in_slices(
 ) -> PreTrainedModel:
     """Load the weights of a model folder so that no worker ever holds more than its slices and one tensor beside them.
 
-    Only the first worker reads weights; what it read is divided before the next one is. Buffers are whole on every worker.
+    Only the first worker reads weights, out of files that are mapped into its memory; what it read is divided before the
+    next one is. Buffers are whole on every worker.
 
     Args:
         folder: safetensors and config.
@@ -219,8 +252,7 @@ def load_in_slices(
     for name, parameter in parameters.items():
         with gathered([parameter], changed=True), safe_open(files[name], framework="pt") as file:
             if first:
-                tensor = file.get_tensor(name)
-                parameter.data.copy_(tensor if rounded is None else tensor.to(rounded))
+                parameter.data.copy_(file.get_tensor(name) if rounded is None else file.get_tensor(name).to(rounded))
     for name, buffer in buffers.items():
         with safe_open(files[name], framework="pt") as file:
             buffer.copy_(file.get_tensor(name))

@@ -16,6 +16,8 @@ from tests.conftest import free_ports, write_tiny_model
 
 SCRIPT = Path(__file__).with_name("zero_ranks.py")
 ROOT = Path(__file__).parents[2]
+BUFFERS = 256
+"""Bytes: frequencies of the rotary embedding, whole on every rank."""
 
 
 def run(folder: Path, world: int, settings: dict) -> list[dict]:
@@ -69,27 +71,78 @@ def run(folder: Path, world: int, settings: dict) -> list[dict]:
     ],
     ids=["full-sharded-2", "full-sharded-4", "full-precomputed", "lora-adapter-off", "rslora-precomputed", "offload"],
 )
-def test_ranks_take_the_steps_of_one_process(home, ledger, tmp_path, world, section):
-    compare(home, ledger, tmp_path, world, section)
+def test_ranks_take_the_steps_of_one_process(home, ledger, tmp_path, world, section, claim):
+    _, ranks = compare(home, ledger, tmp_path, world, section)
+    if held := [rank["reference"] for rank in ranks if "reference" in rank]:
+        peak, loading, total, largest = (
+            max(rank[name] for rank in held) for name in ("peak", "loading", "total", "largest")
+        )
+        claim(
+            f"{world} workers, offload {', '.join(section.get('offload', ['none']))}: each holds at most its share of the reference and the largest layer, also while it loads",
+            figure=f"of {total} bytes at most {loading} while it loads and {peak} while it computes, largest layer {largest}",
+        )
 
 
-def compare(home, ledger, tmp_path, world, section, **more):
+@pytest.mark.full
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"adapter": "full"},
+        {"adapter": "full", "reference": "sharded"},
+        {"adapter": "lora"},
+        {"adapter": "lora", "reference": "sharded"},
+        {"adapter": "lora", "reference": "adapter_off"},
+    ],
+    ids=["full-precomputed", "full-sharded", "lora-precomputed", "lora-sharded", "lora-adapter-off"],
+)
+def test_ten_steps_of_sgd_are_those_of_one_process_on_one_two_and_four_workers(
+    home, ledger, tmp_path, section, sharding, claim
+):
+    """By SGD: AdamW's steps make of the noise of a sum what they make of the sum."""
+    settings = settings_of(home, ledger, tmp_path, {**section, "sharding": sharding}, sgd=True, rate=1.0, steps=10)
+    (alone,), (still,) = run(tmp_path, 0, settings), run(tmp_path, 0, {**settings, "rate": 0.0})
+    moved = [abs(a[1] - b[1]) for a, b in zip(alone["held_out"], still["held_out"], strict=True)]
+    assert max(moved) > 1e-3, "the steps change nothing"
+    expected = [step[:2] for step in alone["steps"]]
+    assert len(expected) == 10
+    apart = 0.0
+    for world in (1, 2, 4):
+        for rank in run(tmp_path, world, settings):
+            for found, wanted in zip(rank["steps"], expected, strict=True):
+                assert found[:2] == pytest.approx(wanted, rel=1e-6), world
+                apart = max(apart, *(abs(a / b - 1) for a, b in zip(found, wanted, strict=False)))
+    reference = section.get("reference", "precomputed")
+    claim(
+        f"1, 2 and 4 workers, {section['adapter']}, reference {reference}, sharding {sharding}: loss and gradient of ten steps are those of one process",
+        figure=f"at most {apart:.1e} apart (SGD, float32)",
+    )
+
+
+def settings_of(home, ledger, tmp_path, section, **more):
     names = {
         name: register_folder(
             home, ledger, write_tiny_model(tmp_path / name, seed=seed), name=name, lineage=Lineage("sft")
         ).model_id
         for name, seed in (("start", 0), ("other", 1))
     }
-    settings = {
+    return {
         "home": home.uri,
         "model": names["start"],
         "reference": names["other"],
         "section": {"dtype": "float32", "micro_batch_tokens": 40, "sharding": "zero3", **section},
         **more,
     }
+
+
+def compare(home, ledger, tmp_path, world, section, **more):
+    settings = settings_of(home, ledger, tmp_path, section, **more)
     (alone,) = run(tmp_path, 0, settings)
     ranks = run(tmp_path, world, settings)
     for rank in ranks:
+        # Every forward gathers the slices of every weight.
+        given = rank["collectives"]["collective_bytes"]
+        assert given >= len(rank["steps"]) * rank["parameter_bytes"] / world, given
         assert rank["packing"] < 1e-5
         for found, expected in zip(rank["steps"], alone["steps"], strict=True):
             numbers = [[math.inf if value is None else value for value in step[:4]] for step in (found, expected)]
@@ -103,6 +156,7 @@ def compare(home, ledger, tmp_path, world, section, **more):
             held = rank["reference"]
             assert held["slices"] <= held["total"] / world * 1.01 + 64
             assert held["slices"] < held["peak"] <= held["slices"] + held["largest"]
+            assert held["slices"] < held["loading"] <= held["slices"] + held["largest"] + BUFFERS
     return alone, ranks
 
 

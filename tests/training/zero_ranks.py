@@ -1,9 +1,11 @@
-"""One rank of a ZeRO-3 run in a process of its own: `python zero_ranks.py RANK WORLD SETTINGS.json OUT.json`."""
+"""One rank of a run in a process of its own: `python zero_ranks.py RANK WORLD SETTINGS.json OUT.json`."""
 
+import gc
 import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from app.config import TrainSection
 from app.models import load_model
 from app.storage import Home
+from app.training import engine as engines
 from app.training import zero
 from app.training.engine import Replicated, SingleWorker
 from app.training.held_out import measure_exported
@@ -51,39 +54,84 @@ def groups(count: int, *, seed: int = 1, reference: bool = True) -> list[Group]:
     ]
 
 
+def sgd(parameters, learning_rate, **_):
+    """In place of AdamW, whose steps make of the noise of a sum what they make of the sum."""
+    return torch.optim.SGD(parameters, lr=learning_rate)
+
+
+class Loading:
+    """The most that this process holds of new tensors while weights are brought in.
+
+    It looks whenever one is gathered to be filled, and at the end; what is read of a file is mapped.
+    """
+
+    def __init__(self) -> None:
+        self.peak, self.gathered = 0, zero.gathered
+        gc.collect()
+        gc.freeze()  # what is there already is neither counted nor looked through
+        zero.gathered = self.look
+
+    @staticmethod
+    def live() -> int:
+        gc.collect()
+        storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    @contextmanager
+    def look(self, *arguments, **more):
+        with self.gathered(*arguments, **more):
+            self.peak = max(self.peak, self.live())
+            yield
+
+    def end(self) -> int:
+        zero.gathered = self.gathered
+        peak = max(self.peak, self.live())
+        gc.unfreeze()
+        return peak
+
+
 def main(rank: int, world: int, settings: dict) -> dict:
     torch.set_num_threads(1)
+    rate = settings.get("rate", RATE)
+    if settings.get("sgd"):
+        engines.make_optimizer = zero.make_optimizer = sgd
     device = torch.device("cpu")
     section = TrainSection.model_validate(settings["section"])
     home, told = Home.at(settings["home"]), {}
+    sliced = bool(world) and section.sharding == "zero3"
     if world:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         dist.init_process_group("gloo", rank=rank, world_size=world)
-        zero.join(device)
-        workers = DistributedWorkers(device, sharded=True)
-        start = load_model(home, settings["model"], dtype="float32", read=zero.load_in_slices)
+        workers = DistributedWorkers(device, sharded=sliced)
     else:
         workers = SingleWorker()
-        start = load_model(home, settings["model"], dtype="float32")
-    calls = settings.get("head_calls", 0) if world else 0
+    if sliced:
+        zero.join(device, count=workers.count)
+    read = zero.load_in_slices if sliced else None
+    start = load_model(home, settings["model"], dtype="float32", read=read)
+    calls = settings.get("head_calls", 0) if sliced else 0
     policy = build_policy(start, section, head_calls=calls)
-    common = {"learning_rate": RATE, "max_grad_norm": 1.0, "workers": workers, "weight_decay": section.weight_decay}
+    common = {"learning_rate": rate, "max_grad_norm": 1.0, "workers": workers, "weight_decay": section.weight_decay}
     offload = "optimizer" in section.offload
-    engine = zero.Zero3(policy, **common, offload=offload) if world else Replicated(policy, **common)
+    engine = zero.Zero3(policy, **common, offload=offload) if sliced else Replicated(policy, **common)
     if section.reference == "sharded":
-        read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if world else None
+        read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if sliced else None
+        loading = Loading()
         other = ScoringModel(
             load_model(home, settings["reference"], dtype="float32", read=read).model, head_calls=calls
         )
-        if world:
+        if sliced:
             other = zero.frozen_in_slices(other, on_cpu="reference" in section.offload)
+        loaded = loading.end()
+        if sliced:
             held = zero.Held(other)
         reference = frozen(other, "float32")
     else:
         reference = adapter_off(policy, "float32") if section.reference == "adapter_off" else precomputed
     told["packing"] = check_packing(engine, groups(3), section=section, workers=workers)
-    rows = groups(24, reference=section.reference == "precomputed")
+    count = settings.get("steps", 4)
+    rows = groups(6 * count, reference=section.reference == "precomputed")
     for at in settings.get("broken", ()):
         rows[at] = replace(rows[at], reference_logps=(math.nan, math.nan))
     objective = load_objective("dpo", section.options)
@@ -91,16 +139,16 @@ def main(rank: int, world: int, settings: dict) -> dict:
         (report.loss, report.grad_norm, report.pairs, report.tokens, list(report.skipped))
         for report in optimise(
             engine,
-            [rows[at : at + 6] for at in range(0, 24, 6)],
+            [rows[at : at + 6] for at in range(0, len(rows), 6)],
             objective=objective,
             reference=reference,
             section=section,
-            learning_rate=RATE,
-            total_steps=4,
+            learning_rate=rate,
+            total_steps=count,
             workers=workers,
         )
     ]
-    merge = {"merge": partial(zero.merge_in_slices, dtype=torch.float32)} if world else {}
+    merge = {"merge": partial(zero.merge_in_slices, dtype=torch.float32)} if sliced else {}
     # Five rows on four ranks: one has two, none may wait.
     exported, measured = measure_exported(
         policy,
@@ -113,14 +161,17 @@ def main(rank: int, world: int, settings: dict) -> dict:
     )
     if folder := settings.get("export"):
         place = Path(folder, "ranks" if world else "one")
-        if world:
+        if sliced:
             zero._FILE_BYTES = 40_000
             zero.save_in_slices(exported, None if rank else place, dtype=torch.float32)
         else:
             exported.model.save_pretrained(place)
+    told["collectives"] = workers.told() if world else {}
+    told["parameter_bytes"] = sum(4 * getattr(p, "ds_numel", p.numel()) for p in start.model.parameters())
     told["held_out"] = [(row.pair_id, row.margin, row.chosen_logp) for row in measured.pairs]
-    if world and section.reference == "sharded":
-        told["reference"] = {"peak": held.peak, "slices": held.slices, "total": held.total, "largest": held.largest}
+    if sliced and section.reference == "sharded":
+        told["reference"] = {name: getattr(held, name) for name in ("peak", "slices", "total", "largest")}
+        told["reference"]["loading"] = loaded
     return told
 
 
