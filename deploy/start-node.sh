@@ -22,6 +22,8 @@ done < ~/.prefloop.env
 export PATH="$here/.venv/bin:$PATH" RAY_AUTH_MODE=token
 # Torch's threads and Ray's sockets need more than the 1024 files that a login gives; what the system allows is enough.
 ulimit -n "$(ulimit -Hn)"
+# A machine that is gone without a word is given up after half a minute (4 x 7 s); Ray's own settings take 65 s.
+export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=4
 # Not in the checkout: it would be the first place that Python looks for modules.
 cd ~
 exec ray start --disable-usage-stats "$@"

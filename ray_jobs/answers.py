@@ -329,8 +329,7 @@ def _in_actors(home: Home, parts: Sequence[Part], decoding: Decoding, resources:
         # One at a time, so that no actor has a second model's part in hand while another one is idle.
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         # Ray Data repeats for ever what kills its actor, such as a model that does not fit.
-        max_restarts=2,
-        max_task_retries=2,
+        ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
     )
     try:
         for batch in done.iter_batches(batch_size=None, batch_format="numpy"):

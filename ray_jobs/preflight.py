@@ -27,7 +27,7 @@ import app
 from app.errors import ServiceError
 from app.storage import Home, write_atomically
 
-TIMEOUT_S: Final = 25.0
+TIMEOUT_S: Final = 20.0
 """How long a node may take to answer."""
 _PACKAGES: Final = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "safetensors")
 _UNSAFE: Final = (

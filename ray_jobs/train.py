@@ -9,6 +9,8 @@ baselines, with intervals by prompt cluster.
 
 import argparse
 import dataclasses
+import logging
+import os
 import sys
 import threading
 import uuid
@@ -17,12 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import ray
 import ray.data
 import ray.exceptions
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from rich.console import Console
 
 from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
@@ -94,6 +98,40 @@ class TrainResult:
     """Of what was held out, by the names of the ledger."""
     reference_memory: dict[str, int]
     """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
+
+
+class _NodeBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_node_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class NodeTorchConfig(TorchConfig):
+    """Ray Train's own, whose workers' gloo listens where Ray knows their nodes (`use_node_interface`)."""
+
+    @property
+    def backend_cls(self) -> type[_NodeBackend]:
+        """What starts the process groups."""
+        return _NodeBackend
+
+
+def use_node_interface() -> None:
+    """Let gloo listen on the interface that has Ray's address of this node; a choice of the environment's stays.
+
+    By itself gloo takes the address of the host's name. The installers of Debian and Ubuntu write 127.0.1.1 for that into
+    /etc/hosts, and then no worker reaches one on another node.
+    """
+    address = ray.util.get_node_ip_address()
+    interfaces = psutil.net_if_addrs()
+    for name, addresses in interfaces.items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
+    logging.getLogger(__name__).warning(
+        "no interface has Ray's address of this node, %s (there are %s): if workers do not find each other, set GLOO_SOCKET_IFNAME",
+        address,
+        ", ".join(interfaces),
+    )
 
 
 class StepRecorder(UserCallback):
@@ -354,7 +392,7 @@ def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),
         scaling_config=ScalingConfig(
