@@ -92,6 +92,8 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
         ModelError: the folder has only pickled weights, no chat template, or cannot be read, loaded or rendered with.
     """
     _quiet_libraries()
+    if "://" in sft:
+        sft = sft.rstrip("/")  # one folder, one name
     with ledger.read() as session:
         trained = session.get(ModelRow, sft)
     if trained is not None:
@@ -412,7 +414,7 @@ def _quiet_libraries() -> None:
 
 
 def _known_source(ledger: Ledger, sft: str) -> ModelRow | None:
-    source = sft.rstrip("/") if sft == EMBEDDED or not Path(sft).is_dir() else str(Path(sft).resolve())
+    source = sft if sft == EMBEDDED or not Path(sft).is_dir() else str(Path(sft).resolve())
     with ledger.read() as session:
         rows = session.scalars(sa.select(ModelRow).where(ModelRow.kind == "sft").order_by(ModelRow.created_at)).all()
     matching = [row for row in rows if row.manifest.get("source") == source]
@@ -477,7 +479,7 @@ def _copy_checkpoint(sft: str, folder: Path) -> str:
             shutil.copyfile(path, folder / inside)
         return str(Path(sft).resolve())
     if "://" in sft:
-        return _fetch_folder(sft.rstrip("/"), folder)
+        return _fetch_folder(sft, folder)
     if sft.startswith((".", "/", "~")) or sft.count("/") != 1:
         msg = f"no model folder at `{sft}`\n\nHint: `model.sft` is `{EMBEDDED}`, a folder, a URI such as `s3://bucket/folder`, a hub id such as `owner/name`, or the id of a model of this home."
         raise ModelError(msg)

@@ -9,8 +9,6 @@ baselines, with intervals by prompt cluster.
 
 import argparse
 import dataclasses
-import logging
-import os
 import sys
 import threading
 import uuid
@@ -19,14 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import ray
 import ray.data
 import ray.exceptions
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
@@ -53,6 +49,7 @@ from app.training.snapshots import (
 from ray_jobs.preflight import preflight
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
+from ray_jobs.rendezvous import NodeTorchConfig
 from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
@@ -98,40 +95,6 @@ class TrainResult:
     """Of what was held out, by the names of the ledger."""
     reference_memory: dict[str, int]
     """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
-
-
-class _NodeBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(use_node_interface)
-        super().on_start(worker_group, backend_config)
-
-
-class NodeTorchConfig(TorchConfig):
-    """Ray Train's own, whose workers' gloo listens where Ray knows their nodes (`use_node_interface`)."""
-
-    @property
-    def backend_cls(self) -> type[_NodeBackend]:
-        """What starts the process groups."""
-        return _NodeBackend
-
-
-def use_node_interface() -> None:
-    """Let gloo listen on the interface that has Ray's address of this node; a choice of the environment's stays.
-
-    By itself gloo takes the address of the host's name. The installers of Debian and Ubuntu write 127.0.1.1 for that into
-    /etc/hosts, and then no worker reaches one on another node.
-    """
-    address = ray.util.get_node_ip_address()
-    interfaces = psutil.net_if_addrs()
-    for name, addresses in interfaces.items():
-        if any(found.address == address for found in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            return
-    logging.getLogger(__name__).warning(
-        "no interface has Ray's address of this node, %s (there are %s): if workers do not find each other, set GLOO_SOCKET_IFNAME",
-        address,
-        ", ".join(interfaces),
-    )
 
 
 class StepRecorder(UserCallback):

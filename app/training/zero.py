@@ -209,8 +209,9 @@ def load_in_slices(
 ) -> PreTrainedModel:
     """Load the weights of a model folder so that no worker ever holds more than its slices and one tensor beside them.
 
-    Only the first worker reads weights, out of files that are mapped into its memory; what it read is divided before the
-    next one is. Buffers are whole on every worker.
+    Only the first worker reads weights, out of files that are mapped into its memory (safetensors copies nothing); what it
+    read is divided before the next one is. Where values are rounded, the first worker has them once more in that type.
+    Buffers are whole on every worker.
 
     Args:
         folder: safetensors and config.

@@ -336,7 +336,8 @@ def test_more_workers_read_no_more_of_a_snapshot_and_make_no_more_collectives(da
     )
     assert whole[0].collectives == 0
     assert len({layout.collectives for layout in whole[1:]}) == 1
-    assert sliced[1].collectives == sliced[2].collectives > whole[1].collectives, "weights are gathered"
+    # As many as a rank has micro-batches, which are fewer where there are more ranks.
+    assert min(layout.collectives for layout in sliced[1:]) > whole[1].collectives, "weights are gathered"
     assert overhead(found) > -1
     claim(
         "as much is read of a snapshot with 1, 2, 4 and 8 workers, in as many collectives a step",

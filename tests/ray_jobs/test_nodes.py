@@ -116,7 +116,7 @@ def test_a_run_that_loses_the_node_of_a_worker_goes_on_on_another(nodes, unbroke
     )
 
 
-def test_a_node_that_is_taken_away_with_notice_costs_no_step(nodes, unbroken, stage, claim, monkeypatch):  # noqa: F811
+def test_a_node_that_is_taken_away_with_notice_leaves_a_checkpoint_of_its_own(nodes, stage, claim):  # noqa: F811
     home, ledger, _, snapshot_id, sft = stage
     drained: list[int] = []
     notice_s = 20

@@ -1,7 +1,6 @@
 """The train job on a real cluster: two workers equal one process, a killed run equals an unbroken one."""
 
 import math
-import os
 import shutil
 import threading
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, Preference
-from ray_jobs.train import NodeTorchConfig, _cause, train, use_node_interface
+from ray_jobs.train import _cause, train
 from tests.ray_jobs.test_trackers import events_of
 
 
@@ -353,31 +352,3 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
 )
 def test_the_line_that_says_why_is_told_of_a_failure(text, told):
     assert _cause(TrainingFailedError(text)).endswith(told)
-
-
-def test_gloo_listens_where_ray_knows_the_node_unless_somebody_chose(monkeypatch):
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
-    use_node_interface()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    use_node_interface()
-    chosen = os.environ.pop("GLOO_SOCKET_IFNAME")
-    assert "127.0.0.1" in [found.address for found in psutil.net_if_addrs()[chosen]]
-
-
-class FirstCallError(Exception):
-    """What was asked of the workers first."""
-
-
-class StoppingWorkers:
-    """Workers that stop at the first thing they are asked."""
-
-    def execute(self, function, *_):
-        raise FirstCallError(function.__name__)
-
-
-def test_workers_choose_their_interface_before_a_process_group_is_made():
-    config = NodeTorchConfig(backend="gloo")
-    with pytest.raises(FirstCallError, match="use_node_interface"):
-        config.backend_cls().on_start(StoppingWorkers(), config)

@@ -78,7 +78,7 @@ def test_ranks_take_the_steps_of_one_process(home, ledger, tmp_path, world, sect
             max(rank[name] for rank in held) for name in ("peak", "loading", "total", "largest")
         )
         claim(
-            f"{world} workers, offload {', '.join(section.get('offload', ['none']))}: each holds at most its share of the reference and the largest layer, also while it loads",
+            f"{world} workers, offload {', '.join(section.get('offload', ['none']))}: each holds at most its share of the reference and the largest layer, while it loads the whole buffers too",
             figure=f"of {total} bytes at most {loading} while it loads and {peak} while it computes, largest layer {largest}",
         )
 
