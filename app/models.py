@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -29,6 +30,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -111,8 +113,9 @@ def ensure_sft(home: Home, ledger: Ledger, sft: str) -> ModelRow:
         else:
             source = _copy_checkpoint(sft, folder)
         check_folder(folder, place=sft)
-        # What cannot be loaded must not become a champion.
-        _, tokenizer = _load(folder, dtype="bfloat16", place=sft)
+        # What cannot be loaded must not become a champion. Names and shapes of its tensors tell, where this machine may have
+        # no room for the weights.
+        _, tokenizer = _load(folder, dtype="bfloat16", place=sft, device=torch.device("meta"))
         render_prompt(tokenizer, [Message("user", "Hello")], None)
         return register_folder(home, ledger, folder, name="sft", lineage=Lineage(kind="sft"), source=source)
 
@@ -234,17 +237,52 @@ def load_model(
     _quiet_libraries()
     bound_shape_caches()
     artifact = home.artifact("models", model_id)
-    manifest = artifact.verify()
-    with artifact.local_copy() as folder:
+    manifest = artifact.manifest()
+    with artifact.verified_copy(manifest["files"]) as folder:
         check_folder(folder, place=artifact.uri)
         if read is None:
             model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = read(folder, DTYPES[dtype])
-    model.train(mode=False)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
+    return _loaded(model_id, manifest, model, tokenizer)
+
+
+def load_architecture(home: Home, model_id: str) -> LoadedModel:
+    """Load tokenizer and layers of an artifact without their weights, which are neither read nor brought here.
+
+    Args:
+        home: where the artifact lies.
+        model_id: id of the artifact.
+
+    Raises:
+        DataError: the artifact is missing or differs from its manifest.
+    """
+    _quiet_libraries()
+    manifest, copy = _without_weights(home, model_id)
+    with copy as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return _loaded(model_id, manifest, model, tokenizer)
+
+
+def _without_weights(home: Home, model_id: str) -> tuple[dict[str, Any], AbstractContextManager[Path]]:
+    artifact = home.artifact("models", model_id)
+    manifest = artifact.manifest()
+    wanted = [name for name in manifest["files"] if not name.endswith(".safetensors")]
+    return manifest, artifact.verified_copy(manifest["files"], wanted)
+
+
+def _loaded(
+    model_id: str, manifest: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> LoadedModel:
+    model.train(mode=False)
     return LoadedModel(
         model_id=model_id,
         digest=str(manifest["digest"]),
@@ -280,9 +318,8 @@ def model_width(home: Home, model_id: str) -> int:
 
 def load_tokenizer(home: Home, model_id: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model artifact."""
-    artifact = home.artifact("models", model_id)
-    artifact.manifest()
-    with artifact.local_copy() as folder:
+    _, copy = _without_weights(home, model_id)
+    with copy as folder:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -358,12 +395,15 @@ def code_version() -> str:
     return f"{app.__version__}+{commit}"
 
 
-def _load(folder: Path, *, dtype: str, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    folder: Path, *, dtype: str, place: str, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
+            device_map=device,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -25,6 +25,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ REPORT_PAGE = "report.html"
 JUDGEMENTS = "judgements"
 """Of an evaluation: every comparison, as Parquet."""
 _CHUNK = 1 << 20
+_HASHED_AT_ONCE = 8
 _RAY_WORKING_DIRECTORY = "working_dir_files"
 
 
@@ -278,20 +280,39 @@ class Artifact:
             DataError: names the first file that is missing or differs.
         """
         manifest = self.manifest()
-        for name, expected in manifest["files"].items():
-            self.verify_file(name, expected)
+        files, filesystem, root = manifest["files"], self.filesystem, self.path
+        # A listing tells what is missing or cut off at once, where hashes would take as long as the files are large.
+        sizes = {str(path): entry["size"] for path, entry in filesystem.find(root, detail=True).items()}
+        for name, expected in files.items():
+            if sizes.get(f"{root}/{name}") != expected["size"]:
+                self._compare(filesystem, root, name, expected)
+        self._compare_all(filesystem, root, files)
         return manifest
 
-    def verify_file(self, name: str, expected: Mapping[str, Any]) -> None:
+    def _compare_all(
+        self, filesystem: fsspec.AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Compare files of a folder, this one or a copy, with what is expected of them; raises DataError as `_compare`."""
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            compared = [pool.submit(self._compare, filesystem, root, name, files[name]) for name in files]
+            for each in compared:
+                each.result()
+
+    def _compare(
+        self, filesystem: fsspec.AbstractFileSystem, root: str, name: str, expected: Mapping[str, Any]
+    ) -> None:
         """Compare one file with its sha256 and size; raises DataError where it is missing or differs."""
         try:
-            found = file_digest(self.filesystem, f"{self.path}/{name}")
+            found = file_digest(filesystem, f"{root}/{name}")
         except FileNotFoundError:
-            msg = f"`{self.uri}` lacks the file `{name}` that its manifest names"
-            raise DataError(msg) from None
+            raise self._lacks(name) from None
         if found != expected:
             msg = f"`{self.uri}/{name}` differs from its manifest: {found['size']} bytes, sha256 {found['sha256'][:12]}…, expected {expected['size']} bytes, {expected['sha256'][:12]}…"
             raise DataError(msg)
+
+    def _lacks(self, name: str) -> DataError:
+        msg = f"`{self.uri}` lacks the file `{name}` that its manifest names"
+        return DataError(msg)
 
     def content_digest(self, *, without: Sequence[str] = ()) -> str:
         """Return the hash of all files that the manifest names, 32 hex digits; `verify` compares the files themselves."""
@@ -299,8 +320,37 @@ class Artifact:
         return content_hash(files)
 
     @contextmanager
+    def verified_copy(
+        self,
+        files: Mapping[str, Mapping[str, Any]],
+        wanted: Iterable[str] | None = None,
+        *,
+        shared: Iterable[str] | None = None,
+    ) -> Iterator[Path]:
+        """Yield the folder as `local_copy` does, after comparing what is read from it with its hashes.
+
+        Args:
+            files: sha256 and size of each, as the manifest has them.
+            wanted: the files that are read; default: all.
+            shared: the files to compare where they lie in a folder, and other processes compare the rest; default: `wanted`.
+
+        Raises:
+            DataError: names the first file that is missing or differs.
+        """
+        names = list(files if wanted is None else wanted)
+        with self.local_copy(names) as folder:
+            here = isinstance(self.filesystem, LocalFileSystem)
+            compared = shared if shared is not None and here else names
+            self._compare_all(LocalFileSystem(), str(folder), {name: files[name] for name in compared})
+            yield folder
+
+    @contextmanager
     def local_copy(self, names: Iterable[str] | None = None) -> Iterator[Path]:
-        """Yield the folder on this machine: itself where it is local, else a temporary copy, of some files if named."""
+        """Yield the folder on this machine: itself where it is local, else a temporary copy, of some files if named.
+
+        Raises:
+            DataError: a file that is to be copied is missing.
+        """
         if isinstance(self.filesystem, LocalFileSystem):
             yield Path(self.path)
             return
@@ -308,7 +358,10 @@ class Artifact:
             for name in [*self.manifest()["files"], MANIFEST] if names is None else names:
                 target = Path(scratch, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.filesystem.get_file(f"{self.path}/{name}", str(target))
+                try:
+                    self.filesystem.get_file(f"{self.path}/{name}", str(target))
+                except FileNotFoundError:
+                    raise self._lacks(name) from None
             yield Path(scratch)
 
     def write_rows(

@@ -25,7 +25,7 @@ from app.config import Recipe
 from app.errors import DataError
 from app.generation import context_window
 from app.ledger import Ledger, ModelRow, SnapshotRow
-from app.models import check_descent, device_of, ensure_sft, load_model
+from app.models import check_descent, device_of, ensure_sft, load_architecture, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
@@ -45,6 +45,7 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, encode_groups
+from ray_jobs.preflight import preflight
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
@@ -79,7 +80,7 @@ def prepare(
     """
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
-    loaded = load_model(home, start.model_id, dtype=recipe.train.dtype)
+    loaded = load_architecture(home, start.model_id)
     window = context_window(loaded.model)
     if window is not None and recipe.prepare.max_length > window:
         msg = f"prepare.max_length = {recipe.prepare.max_length} exceeds the context of `{start.model_id}`, {window} tokens\n\nHint: lower prepare.max_length to {window}."
@@ -245,6 +246,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     )
     console = Console()
     with ray_cluster(session.home):
+        preflight(session.home, session.home.ledger_url)
         row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id, console=console)
     print_summary(console, row)
     return 0
