@@ -4,7 +4,8 @@
     python -m ray_jobs.jobs list | logs ID [--follow] | stop ID
 
 A job runs `python -m ray_jobs.JOB RECIPE …` in a copy of the working directory. Its id makes it one job: the same id
-again is the job that runs, succeeded or was held by the gate, and a new attempt (`ID-a2`) of one that failed or was stopped. A training job's
+again is the job that runs, succeeded or was held by the gate (and an error where the recipe or the home is another than
+it had), and a new attempt (`ID-a2`) of one that failed or was stopped. A training job's
 id is its run id too, so that the new attempt goes on from the last checkpoint. What jobs must know and nobody else
 (PREFLOOP_LEDGER, PREFLOOP_SIGNING_KEY) is in the environment of the cluster's nodes: what is sent with a job, everyone
 sees who sees Ray's dashboard.
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from app.config import load_recipe
 from app.errors import HOLD_EXIT_CODE, Interrupted, PrefloopError, RecipeError, ServiceError
+from app.schemas import content_hash
 from app.services import Services, ray_token
 from app.storage import HOME_VARIABLE, Home
 
@@ -60,6 +62,8 @@ class JobRequest:
     """Where the state lies, as the nodes see it; default: what their environment says."""
     arguments: tuple[str, ...] = ()
     """Given to the job as they are."""
+    recipe_digest: str = ""
+    """Of what the recipe says, overrides and all."""
 
     def checked(self) -> "JobRequest":
         """Return the request with an id.
@@ -75,7 +79,7 @@ class JobRequest:
         if not place.resolve().is_relative_to(Path.cwd()):
             msg = f"recipe `{self.recipe}` lies outside of `{Path.cwd()}`, which is what a job gets a copy of\n\nHint: change to a folder that holds the recipe and the files it names."
             raise RecipeError(msg)
-        load_recipe(place, self.overrides)
+        recipe = load_recipe(place, self.overrides)
         if self.home is not None and "://" not in self.home and not Path(self.home).is_absolute():
             msg = f"--home `{self.home}` is relative, and a job runs in another folder on another machine\n\nHint: give an absolute path that all nodes see, or a URI."
             raise RecipeError(msg)
@@ -84,7 +88,8 @@ class JobRequest:
             raise RecipeError(msg)
         job_id = self.job_id or f"{job.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
         relative = str(place.resolve().relative_to(Path.cwd()))
-        return JobRequest(job, relative, self.overrides, job_id, self.home, self.arguments)
+        digest = content_hash(recipe.model_dump(mode="json"))
+        return JobRequest(job, relative, self.overrides, job_id, self.home, self.arguments, digest)
 
     def entrypoint(self) -> str:
         """Return the shell command that Ray runs."""
@@ -95,6 +100,10 @@ class JobRequest:
         if self.job == "train" and "--run" not in self.arguments:
             command += ["--run", str(self.job_id)]
         return shlex.join(command)
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the cluster keeps of the request: what makes it this job beside its command."""
+        return {"prefloop_job": self.job, "recipe": self.recipe_digest, "home": self.home or ""}
 
 
 class Cluster:
@@ -122,8 +131,13 @@ class Cluster:
             if newest.entrypoint != request.entrypoint():
                 msg = f"job `{newest.submission_id}` is another one: `{newest.entrypoint}`, this is `{request.entrypoint()}`\n\nHint: choose another --id."
                 raise ServiceError(msg)
-            state = _state(newest)
+            state, known = _state(newest), newest.metadata or {}
             if state not in ("FAILED", "STOPPED"):
+                # One that failed may be mended; one that runs or is done did what its recipe said then.
+                differing = [key for key, value in request.metadata().items() if known.get(key, value) != value]
+                if differing:
+                    msg = f"job `{newest.submission_id}` is {state} with another {' and '.join(differing)} than now\n\nHint: choose another --id."
+                    raise ServiceError(msg)
                 return newest.submission_id, state
             attempt, before = f"{request.job_id}-a{number + 1}", state
         else:
@@ -139,7 +153,7 @@ class Cluster:
                         entrypoint=request.entrypoint(),
                         submission_id=attempt,
                         runtime_env={"working_dir": ".", "excludes": _KEPT_HERE, "env_vars": variables},
-                        metadata={"prefloop_job": request.job},
+                        metadata=request.metadata(),
                     )
                 )
             except ServiceError as error:

@@ -1,6 +1,9 @@
 """What is sent to a cluster, before anything is sent; `test_closed_loop` submits, follows, lists and stops real jobs."""
 
 import shlex
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,3 +74,51 @@ def test_a_place_where_no_cluster_listens_is_named(project, capsys):
         Cluster(f"http://127.0.0.1:{port}")
     assert main(["list", "--address", f"http://127.0.0.1:{port}"]) == 1
     assert "ray dashboard cluster.yaml" in capsys.readouterr().err
+
+
+class FakeJobs:
+    """Ray's Jobs API with one job, in the state that a test gives it."""
+
+    def __init__(self, request: JobRequest, status: str) -> None:
+        self.sent: list[str] = []
+        self.known = SimpleNamespace(
+            submission_id=request.job_id,
+            entrypoint=request.entrypoint(),
+            metadata=request.metadata(),
+            status=SimpleNamespace(value=status),
+            driver_exit_code=None,
+        )
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return [self.known]
+
+    def submit_job(self, *, submission_id: str, **_settings: object) -> None:
+        self.sent.append(submission_id)
+
+
+def cluster_of(jobs: FakeJobs) -> Cluster:
+    cluster = Cluster.__new__(Cluster)
+    cluster._address, cluster._client = "http://127.0.0.1:8265", jobs
+    return cluster
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "SUCCEEDED"])
+def test_an_id_whose_recipe_or_home_changed_is_no_longer_that_job(project, status):
+    ask = partial(JobRequest, "loop", "recipes/mine.yaml", job_id="monday", home="/state")
+    jobs = FakeJobs(ask().checked(), status)
+    assert cluster_of(jobs).submit(ask().checked()) == ("monday", status)
+    moved = replace(ask(), home="/another").checked()
+    with pytest.raises(ServiceError, match=f"job `monday` is {status} with another home than now"):
+        cluster_of(jobs).submit(moved)
+    (project / "recipes" / "mine.yaml").write_text("name: mine\ntrain: {epochs: 2}\n")
+    with pytest.raises(ServiceError, match=f"job `monday` is {status} with another recipe than now"):
+        cluster_of(jobs).submit(ask().checked())
+    assert jobs.sent == []
+
+
+def test_a_job_that_failed_is_tried_again_with_its_mended_recipe(project):
+    ask = partial(JobRequest, "loop", "recipes/mine.yaml", job_id="monday")
+    jobs = FakeJobs(ask().checked(), "FAILED")
+    (project / "recipes" / "mine.yaml").write_text("name: mine\ntrain: {epochs: 2}\n")
+    assert cluster_of(jobs).submit(ask().checked()) == ("monday-a2", "FAILED")
+    assert jobs.sent == ["monday-a2"]
