@@ -8,6 +8,7 @@ ledger keeps their ids. This module knows nothing of HTTP, Ray or models.
 
 import fcntl
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ from app.schemas import canonical_json
 THUMBS = ("up", "down")
 VERDICTS = ("A>>B", "A>B", "A=B", "both_bad", "B>A", "B>>A")
 _READ_ONLY = "prefloop_read_only"
+TAKEN_OVER_S = 25.0
+"""How long PostgreSQL takes to free what a machine held that lost its power, and a little more (`Ledger.open`)."""
+_ASKED_AGAIN_S = 0.5
 _IDS_PER_QUERY = 500
 FeedbackKind = Literal["thumb", "edit", "comparison", "rating"]
 
@@ -314,9 +318,11 @@ class Ledger:
         arguments: dict[str, Any] = {}
         if parsed.get_backend_name() == "postgresql":
             # A machine that lost its power closes nothing: the server must find out by itself, and not after hours.
-            found_out = {"idle": 30, "interval": 10, "count": 3}
+            found_out = {"idle": 10, "interval": 5, "count": 2}
             options = " ".join(f"-c tcp_keepalives_{name}={value}" for name, value in found_out.items())
-            arguments["connect_args"] = {"options": options}
+            arguments["connect_args"] = {"options": options, "connect_timeout": 10}
+            # A database that was away for a moment must not fail the next query as well.
+            arguments["pool_pre_ping"] = True
         if parsed.get_backend_name() == "sqlite":
             arguments["connect_args"] = {"timeout": 60}
             if parsed.database:
@@ -357,16 +363,26 @@ class Ledger:
             yield session
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[bool]:
+    def alone(self, name: str, *, patience_s: float) -> Iterator[bool]:
         """Yield whether this process alone holds `name`, until the block ends or the process dies.
 
         PostgreSQL keeps the lock with a connection, SQLite with a file beside the database.
+
+        Args:
+            name: what is held.
+            patience_s: how long PostgreSQL may take to learn that a holder's machine lost its power (`TAKEN_OVER_S` are
+                enough); a holder of SQLite's lock is on this machine, and what it held is free with its end.
         """
         if self.engine.dialect.name == "postgresql":
             with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 query = sa.text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+                end = time.monotonic() + patience_s
                 try:
-                    yield bool(connection.scalar(query, {"name": f"prefloop:{name}"}))
+                    while not (alone := bool(connection.scalar(query, {"name": f"prefloop:{name}"}))):
+                        if time.monotonic() > end:
+                            break
+                        time.sleep(_ASKED_AGAIN_S)
+                    yield alone
                 finally:
                     # Back in the pool it would keep the lock.
                     connection.invalidate()

@@ -44,6 +44,7 @@ from app.training.judgements import distinct
 from app.training.snapshots import read_groups
 from ray_jobs.answers import Decoding, Resources, Wanted, gather
 from ray_jobs.judging import Answered, Judging, RewardJudge, judge, reward_scores, style_scores
+from ray_jobs.preflight import preflight
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, room, run_job
 from ray_jobs.worker import held_out_measures
@@ -402,6 +403,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         named = _model(ledger, options.model)
         candidate_id, run_id = named.model_id, named.run_id
     with ray_cluster(home):
+        preflight(home, home.ledger_url)
         row = evaluate(home, ledger, recipe, candidate_id, run_id)
     Console().print(
         f"[bold]{row.verdict}[/bold] {row.model_id}: {home.uri}/evaluations/{row.evaluation_id}/{REPORT_PAGE}",

@@ -40,7 +40,7 @@ from app.evaluation.learning import Learning
 from app.evaluation.material import read_material
 from app.evaluation.prompts import load_prompts
 from app.evaluation.rules import load_style
-from app.ledger import EvaluationRow, Ledger, RunRow, now
+from app.ledger import TAKEN_OVER_S, EvaluationRow, Ledger, RunRow, now
 from app.models import code_version, ensure_sft
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import content_hash
@@ -141,7 +141,7 @@ class LoopRun:
 def run_loop(session: Session, console: Console) -> int:
     """Run one round and return the exit code."""
     name = session.recipe.name
-    with session.ledger.alone(f"loop-{name}") as alone:
+    with session.ledger.alone(f"loop-{name}", patience_s=TAKEN_OVER_S) as alone:
         if not alone:
             msg = f"a loop of recipe `{name}` is running in `{session.home.uri}` already\n\nHint: wait for it, or stop it."
             raise ServiceError(msg)

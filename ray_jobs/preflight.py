@@ -1,4 +1,4 @@
-"""Before a run asks for its workers: whether every node can do its part, told in one message within `TIMEOUT_S`.
+"""Before a run asks for its workers: whether every node can do its part, told in one message within half a minute.
 
 Ray would start what cannot end: workers that no node holds wait for ever, a node with another version breaks in a
 collective, and one that sees another folder under the home's name trains to the end and loses the result. So each node
@@ -10,11 +10,13 @@ import hashlib
 import os
 import platform
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Final
 
 import ray
@@ -27,8 +29,10 @@ import app
 from app.errors import ServiceError
 from app.storage import Home, write_atomically
 
-TIMEOUT_S: Final = 20.0
+TIMEOUT_S: Final = 17.0
 """How long a node may take to answer."""
+OWN_TIMEOUT_S: Final = 8.0
+"""How long the home may take to answer this process; with the nodes' time, and what Ray takes to start, half a minute."""
 _PACKAGES: Final = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "safetensors")
 _UNSAFE: Final = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
@@ -59,6 +63,8 @@ class NodeReport:
     """Digest of the key that it would sign with."""
     unsafe: tuple[str, ...]
     """Variables that are set and must not be."""
+    token: bool
+    """Whether Ray there asks for a token."""
 
 
 def preflight(home: Home, ledger_url: str) -> None:
@@ -70,12 +76,13 @@ def preflight(home: Home, ledger_url: str) -> None:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     nonce = secrets.token_hex(8)
-    own = ask_node(home.uri, nonce, "this process")
+    mark = home.path(_FOLDER, nonce)
+    own = _within(OWN_TIMEOUT_S, lambda: _mark(home, nonce, mark))
+    if own is None:
+        msg = f"the home `{home.uri}` did not answer within {OWN_TIMEOUT_S:.0f} s\n\nHint: is its address right, and is it reached from this machine?"
+        raise ServiceError(msg)
     # A single node is this machine, which the run itself will ask.
     others = nodes if len(nodes) > 1 else []
-    mark = home.path(_FOLDER, nonce)
-    if not own.fault:
-        own = replace(own, fault=_write(home, mark))
     written = [mark]
     try:
         probe = ray.remote(ask_node)
@@ -100,7 +107,7 @@ def preflight(home: Home, ledger_url: str) -> None:
         unseen = [r.node for r in reports if r.wrote and not home.filesystem.exists(home.path(_FOLDER, r.wrote))]
         faults = [
             *silent,
-            *node_faults(own, reports, unseen=unseen, home=home, ledger_url=ledger_url, token=is_token_auth_enabled()),
+            *node_faults(own, reports, unseen=unseen, home=home, ledger_url=ledger_url),
         ]
     finally:
         for path in written:
@@ -134,7 +141,23 @@ def ask_node(home_uri: str, nonce: str, node: str) -> NodeReport:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         machine = platform.node()
-    return NodeReport(node, machine, versions, sees, wrote, fault, key, unsafe)
+    return NodeReport(node, machine, versions, sees, wrote, fault, key, unsafe, bool(is_token_auth_enabled()))
+
+
+def _mark(home: Home, nonce: str, path: str) -> NodeReport:
+    """Report on this process, and write what the nodes must see."""
+    own = ask_node(home.uri, nonce, "this process")
+    return own if own.fault else replace(own, fault=_write(home, path))
+
+
+def _within(seconds: float, ask: Callable[[], NodeReport]) -> NodeReport | None:
+    """Return what is replied in time; a store that does not answer is asked by its library again and again."""
+    replies: Queue[NodeReport] = Queue()
+    Thread(target=lambda: replies.put(ask()), name="preflight", daemon=True).start()
+    try:
+        return replies.get(timeout=seconds)
+    except Empty:
+        return None
 
 
 def _write(home: Home, path: str) -> str:
@@ -167,7 +190,7 @@ def _own_version() -> str:
 
 
 def node_faults(
-    own: NodeReport, reports: Sequence[NodeReport], *, unseen: Sequence[str], home: Home, ledger_url: str, token: bool
+    own: NodeReport, reports: Sequence[NodeReport], *, unseen: Sequence[str], home: Home, ledger_url: str
 ) -> list[str]:
     """Return what stands against a run, a line each: the pure part of `preflight`.
 
@@ -177,7 +200,6 @@ def node_faults(
         unseen: nodes that wrote what this process does not see.
         home: the home.
         ledger_url: SQLAlchemy URL of the ledger.
-        token: whether Ray asks for its token.
     """
     faults = [f"{name} is set, with which a Parquet file can run code: unset it" for name in own.unsafe]
     if own.fault:
@@ -206,8 +228,10 @@ def node_faults(
         faults.append(
             f"the ledger is a SQLite file, and {elsewhere[0]} is another machine: set PREFLOOP_LEDGER to a PostgreSQL URL"
         )
-    if elsewhere and not token and os.environ.get("RAY_AUTH_MODE") != "disabled":
+    # Whether this process sends a token tells nothing of whether they ask for one.
+    open_to_all = [report.node for report in reports if not report.token]
+    if elsewhere and open_to_all and os.environ.get("RAY_AUTH_MODE") != "disabled":
         faults.append(
-            "Ray asks nobody for a token, so whoever reaches a node can run code there: start it with RAY_AUTH_MODE=token (RAY_AUTH_MODE=disabled says that you want it so)"
+            f"Ray on node {open_to_all[0]} asks nobody for a token, so whoever reaches it can run code there: start it with RAY_AUTH_MODE=token (RAY_AUTH_MODE=disabled says that you want it so)"
         )
     return faults

@@ -33,6 +33,8 @@ STALL_S = 60.0
 """A train worker that does not answer for so long is given up, and its run goes on from the newest checkpoint."""
 COLLECTIVE_TIMEOUT_S = 600
 """How long workers wait for one another in a collective; the first rank may measure or hash alone meanwhile."""
+START_TIMEOUT_S = 300
+"""How long workers wait for room where a node was lost, each of the few times that they try."""
 _CHATTY = (
     "ray.train",
     # Ray Data configures its own `ray.data` logger when it first runs; what lies below it keeps its level.
@@ -99,6 +101,8 @@ def ray_cluster(home: Home) -> Any:
     # Its own are ten minutes for a worker that does not answer, and none for one that never reports.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{STALL_S:.0f}")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", f"{2 * COLLECTIVE_TIMEOUT_S}")
+    # Its own minute, four times, is short for a machine that a cloud puts in the place of a lost one.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_TIMEOUT_S}")
     arguments: dict[str, Any] = {
         # What a worker prints is in Ray's logs; an error of a worker reaches the driver as an exception.
         "log_to_driver": False,

@@ -331,15 +331,19 @@ def test_a_url_that_no_ledger_can_have_is_refused_without_telling_a_password(url
 
 def test_a_name_is_held_by_one_at_a_time_and_free_again_afterwards(ledger, home):
     other = Ledger.open(home.ledger_url)
-    with ledger.alone("loop-mine") as first, other.alone("loop-mine") as second, other.alone("loop-yours") as third:
+    with (
+        ledger.alone("loop-mine", patience_s=0) as first,
+        other.alone("loop-mine", patience_s=0) as second,
+        other.alone("loop-yours", patience_s=0) as third,
+    ):
         assert (first, second, third) == (True, False, True)
-    with other.alone("loop-mine") as again:
+    with other.alone("loop-mine", patience_s=0) as again:
         assert again
     other.close()
 
 
 def _hold(url: str, held) -> None:
-    with Ledger.open(url).alone("loop-mine") as alone:
+    with Ledger.open(url).alone("loop-mine", patience_s=0) as alone:
         held.put(alone)
         time.sleep(600)
 
@@ -351,14 +355,14 @@ def test_a_name_whose_holder_was_killed_is_free(ledger, home):
     holder.start()
     try:
         assert held.get(timeout=120)
-        with ledger.alone("loop-mine") as mine:
+        with ledger.alone("loop-mine", patience_s=0) as mine:
             assert not mine
     finally:
         holder.kill()
         holder.join(60)
     end = time.monotonic() + 30
     while True:
-        with ledger.alone("loop-mine") as mine:
+        with ledger.alone("loop-mine", patience_s=0) as mine:
             if mine:
                 break
         assert time.monotonic() < end, "the dead holder still has it"

@@ -1,5 +1,10 @@
 """What a cluster is asked before a run, and what is said where it is not ready."""
 
+import os
+import shutil
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from app.errors import ServiceError
 from app.storage import Home
+from ray_jobs import preflight as module
 from ray_jobs.preflight import ask_node, node_faults, preflight
 
 SQLITE, POSTGRES = "sqlite:////home/ledger.db", "postgresql://user@database/prefloop"
@@ -22,14 +28,15 @@ def own(home):
     return ask_node(home.uri, "nonce", "this process")
 
 
-def told(own, *reports, home, unseen=(), ledger_url=POSTGRES, token=True):
-    return node_faults(own, reports, unseen=unseen, home=home, ledger_url=ledger_url, token=token)
+def told(own, *reports, home, unseen=(), ledger_url=POSTGRES):
+    return node_faults(own, reports, unseen=unseen, home=home, ledger_url=ledger_url)
 
 
 def test_nodes_that_are_alike_and_share_the_home_have_no_fault(own, home):
     assert own.sees
     assert home.local("cache", "preflight", own.wrote).exists()
-    assert told(own, replace(own, node="a"), replace(own, node="b", machine="another"), home=home) == []
+    alike = replace(own, token=True)
+    assert told(own, replace(alike, node="a"), replace(alike, node="b", machine="another"), home=home) == []
 
 
 def test_a_node_that_does_not_see_the_home_makes_no_folder_and_no_key_there(home, tmp_path):
@@ -61,12 +68,28 @@ def test_a_place_that_only_one_side_sees_is_refused(own, home):
 
 
 def test_another_machine_wants_a_ledger_that_is_no_file_and_a_token(own, home):
-    far = replace(own, node="far", machine="another")
-    near = replace(own, node="near")
-    assert told(own, near, home=home, ledger_url=SQLITE, token=False) == []
-    [ledger, token] = told(own, near, far, home=home, ledger_url=SQLITE, token=False)
+    far = replace(own, node="far", machine="another", token=False)
+    near = replace(own, node="near", token=True)
+    assert told(own, replace(near, token=False), home=home, ledger_url=SQLITE) == []
+    [ledger, token] = told(own, near, far, home=home, ledger_url=SQLITE)
     assert "the ledger is a SQLite file, and far is another machine" in ledger
+    assert "Ray on node far asks nobody for a token" in token
     assert "RAY_AUTH_MODE=token" in token
+
+
+def test_a_home_that_does_not_answer_is_told_in_bounded_time(home, monkeypatch):
+    held = threading.Event()
+
+    def slow(*arguments: str):
+        held.wait(30)
+        return ask_node(*arguments)
+
+    monkeypatch.setattr(module, "OWN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "ask_node", slow)
+    monkeypatch.setattr(module.ray, "nodes", list)
+    with pytest.raises(ServiceError, match=r"did not answer within 0 s[\s\S]*is it reached from this machine"):
+        preflight(home, SQLITE)
+    held.set()
 
 
 def test_a_cluster_is_asked_node_by_node_and_refused_in_bounded_time(tmp_path, monkeypatch):
@@ -100,3 +123,40 @@ def test_a_cluster_is_asked_node_by_node_and_refused_in_bounded_time(tmp_path, m
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.full
+def test_a_node_that_may_read_the_home_and_not_write_it_is_named(tmp_path, claim):
+    """The node's own view of the home is mounted without the right to write."""
+    if os.getuid() or shutil.which("unshare") is None:
+        pytest.skip("mounts need root and util-linux")
+    home = Home.at(tmp_path / "home")
+    home.local().mkdir()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20},
+    )
+    ray_command = Path(sys.executable).with_name("ray")
+    start = f"{ray_command} start --address={cluster.address} --num-cpus=1 --object-store-memory={80 * 2**20} --block"
+    place = home.local()
+    mounted = f"mount --bind {place} {place} && mount -o remount,ro,bind {place} && exec {start}"
+    log = (tmp_path / "node.log").open("w")
+    node = subprocess.Popen(["unshare", "--mount", "bash", "-c", mounted], stdout=log, stderr=log)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        end = time.monotonic() + 60
+        while len([node for node in ray.nodes() if node["Alive"]]) < 2:
+            assert time.monotonic() < end, (tmp_path / "node.log").read_text()
+            time.sleep(0.2)
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match=rf"node .* cannot use the home `{place}`: .*Read-only file system"):
+            preflight(home, f"sqlite:///{home.local('ledger.db')}")
+        took = time.monotonic() - began
+        assert took <= 30
+        claim("refused within 30 s: storage that one node cannot write", figure=f"{took:.1f} s")
+    finally:
+        ray.shutdown()
+        node.terminate()
+        node.wait(60)
+        cluster.shutdown()
+        log.close()
