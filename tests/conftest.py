@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.evaluation.signature import sign_report
 from app.ledger import EvaluationRow, Ledger
 from app.storage import Home
-from tests.reliability import Claim, merged, table
+from tests.reliability import Claim, merged, read_claims, table
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -137,4 +137,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(table(claims))
     if place := config.getoption("--reliability"):
         document = Path(place)
-        document.write_text(merged(document, claims), encoding="utf-8")
+        text = document.read_text(encoding="utf-8")
+        chosen = (
+            config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+            or config.option.keyword
+            or config.option.markexpr
+        )
+        document.write_text(merged(text, read_claims(text) if chosen else [], claims), encoding="utf-8")

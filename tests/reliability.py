@@ -1,13 +1,12 @@
 """RELIABILITY.md: what the product claims to survive, each with the test that shows it and the figure it found last.
 
-A test of a claim takes the fixture `claim` and says what it found; `pytest --reliability FILE` writes the table, in
-which rows of tests that did not run stay as they were.
+A test of a claim takes the fixture `claim` and says what it found; `pytest --reliability FILE` writes the table. Of a run
+of all tests it is what was found and nothing else; in that of some tests, rows of those that did not run stay as they were.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 _HEADER = "| claim | test | figure | seed |"
 _ROW = re.compile(r"^\| (?P<claim>.+?) \| `(?P<test>[^`]+)` \| (?P<figure>.*?) \| (?P<seed>.*?) \|$", re.MULTILINE)
@@ -39,10 +38,8 @@ def table(claims: Sequence[Claim]) -> str:
     return "\n".join([_HEADER, "|---|---|---|---|", *rows])
 
 
-def merged(path: Path, found: Sequence[Claim]) -> str:
-    """Return the document with the rows that were found in place of those of the same test and claim."""
-    text = path.read_text(encoding="utf-8")
-    kept = {(claim.test, claim.claim): claim for claim in read_claims(text)}
-    kept |= {(claim.test, claim.claim): claim for claim in found}
+def merged(text: str, old: Sequence[Claim], found: Sequence[Claim]) -> str:
+    """Return the document with the rows that were found, and those old ones that they do not replace."""
+    kept = {(claim.test, claim.claim): claim for claim in (*old, *found)}
     before = text.partition(_HEADER)[0]
     return f"{before}{table(list(kept.values()))}\n"

@@ -12,7 +12,7 @@ import app
 from app.cli import cli
 from app.config import Recipe, load_recipe
 from app.demo.runner import _comments, _differences
-from tests.reliability import read_claims
+from tests.reliability import Claim, merged, read_claims
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -121,6 +121,16 @@ def test_a_wrong_recipe_is_one_message_and_exit_code_1(tmp_path):
     assert "did you mean `train`?" in result.stderr
     assert "did you mean `min_pairs`?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_row_that_is_found_again_takes_the_place_of_the_old_one():
+    old = [Claim("one", "tests/a.py::test_a", "1 s", ""), Claim("two", "tests/a.py::test_a", "2 s", "7")]
+    text = merged("# Head\n\n| claim | test | figure | seed |\n|---|---|---|---|\n", [], old)
+    assert read_claims(text) == old
+    found = [Claim("two", "tests/a.py::test_a", "3 s", "8")]
+    assert read_claims(merged(text, read_claims(text), found)) == [old[0], *found]
+    assert read_claims(merged(text, [], found)) == found
+    assert text.startswith("# Head\n\n| claim ")
 
 
 def test_every_claim_names_a_test_that_exists():
