@@ -147,7 +147,7 @@ def resume(bench: Bench) -> str:
     whole = _engine(bench, section)
     _optimise(whole, section, steps, len(steps), done=0)
     half = len(steps) // 2
-    identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest")
+    identity = RunIdentity("selftest-resume", "selftest", bench.model.digest, "selftest", bench.model.digest)
     first = _engine(bench, section)
     _optimise(first, section, steps[:half], len(steps), done=0)
     writer = Checkpoints(bench.home, identity, SingleWorker())

@@ -11,8 +11,9 @@ import argparse
 import dataclasses
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +25,22 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from rich.console import Console
+from sqlalchemy.exc import OperationalError
 
 from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
-from app.errors import DataError, ModelError, OutOfMemory, PrefloopError, RecipeError, TrainingError, WorkersLost
+from app.errors import (
+    DataError,
+    LedgerError,
+    ModelError,
+    OutOfMemory,
+    PrefloopError,
+    RecipeError,
+    ServiceError,
+    TrainingError,
+    WorkersLost,
+)
 from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
-from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
+from app.ledger import TAKEN_OVER_S, Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
 from app.models import Lineage, code_version, load_tokenizer, model_width, register_folder, template_digest
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import Split, content_hash
@@ -54,6 +66,7 @@ from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
+    MOST_HELD_OUT,
     RESULT,
     TrainTask,
     epoch_dataset,
@@ -73,6 +86,10 @@ _READ_CPUS = 0.25
 _READERS = 2
 """Files that are read at once. One reader is faster than the rank that turns rows into groups; as many as there are CPUs,
 each with a file of token ids, filled an object store of 100 MB and were spilled to disk."""
+
+LEDGER_AWAY_S = 120.0
+"""How long the ledger may be away while a run reports its steps."""
+_ASKED_AGAIN_S = 1.0
 
 _HALVINGS = 2
 """How often the token budget of a micro-batch is halved where memory does not hold it."""
@@ -107,13 +124,17 @@ class StepRecorder(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
         """Store rank 0's metrics; a step that is done again after a restart replaces its old row."""
-        ledger, report = self._opened(), metrics[0]
+        report = metrics[0]
         if "step" not in report:
-            ledger.audit("train", "note", self.run_id, report)
+            self._written(lambda ledger: ledger.audit("train", "note", self.run_id, report))
             return
-        with ledger.write() as session:
-            row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
-            session.merge(row)
+
+        def merge(ledger: Ledger) -> None:
+            with ledger.write() as session:
+                row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
+                session.merge(row)
+
+        self._written(merge)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Note that workers failed, and end the attempt where another one like it would only fail again.
@@ -123,17 +144,30 @@ class StepRecorder(UserCallback):
         itself may have killed for it. A DataError may be a storage that was away for a moment, so it is tried again.
         """
         failed = {str(rank): said(error, -1)[:300] for rank, error in worker_exceptions.items()}
-        self._opened().audit("train", "workers_failed", self.run_id, failed)
+        self._written(lambda ledger: ledger.audit("train", "workers_failed", self.run_id, failed))
         for error in worker_exceptions.values():
             if isinstance(error, _REFUSALS):
                 raise error
             if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in str(error):
                 raise OutOfMemory(said(error, 0)) from error
 
-    def _opened(self) -> Ledger:
-        if self._ledger is None:
-            self._ledger = Ledger.open(self.ledger_url)
-        return self._ledger
+    def _written(self, write: Callable[[Ledger], object]) -> None:
+        """Write to the ledger, again and again while it is away; the workers wait with their next report as long.
+
+        Ray Train ends a run for what a callback raises, and a database may restart while a run of days goes on.
+        """
+        end = time.monotonic() + LEDGER_AWAY_S
+        while True:
+            try:
+                if self._ledger is None:
+                    self._ledger = Ledger.open(self.ledger_url)
+                write(self._ledger)
+            except (OperationalError, LedgerError):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_ASKED_AGAIN_S)
+            else:
+                return
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
@@ -153,17 +187,28 @@ def train(
     Raises:
         DataError: the snapshot differs from its manifest, does not fit the recipe or has too few pairs.
         RecipeError: a tracker is not installed.
-        ServiceError: the cluster has no room for the workers.
+        ServiceError: the cluster has no room for the workers, or another process trains this run.
         WorkersLost: workers failed more often than `workers.max_failures`; the same run id continues.
         TrainingError: a worker refused to go on (another reference, packing that is not exact, a loss that is not
             finite), which is not tried again.
         ModelError: a worker cannot load, pack or adapt the model; not tried again either.
     """
+    with ledger.alone(f"train-{run_id}", patience_s=TAKEN_OVER_S) as alone:
+        if not alone:
+            # Each would take the other's checkpoints for unfinished ones, and remove them.
+            msg = f"run `{run_id}` is being trained by another process\n\nHint: wait for it, stop it, or choose another --run."
+            raise ServiceError(msg)
+        return _train(home, ledger, recipe, training_snapshot_id, run_id=run_id, console=console)
+
+
+def _train(
+    home: Home, ledger: Ledger, recipe: Recipe, training_snapshot_id: str, *, run_id: str, console: Console | None
+) -> TrainResult:
     require_trackers(recipe.track, home)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     snapshot = home.artifact("training", training_snapshot_id)
-    snapshot.verify()
+    held_out = int(snapshot.verify()["splits"][Split.HELD_OUT.value]["rows"])
     files = tuple(train_files(snapshot))
     counts = _check_snapshot(home, snapshot, recipe, start, reference)
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
@@ -180,11 +225,22 @@ def train(
         for warning in (
             *unusual_options(section.objective, section.options),
             *unusual_rate(section.learning_rate, usual),
+            *(
+                [f"of {held_out} held-out rows the first {MOST_HELD_OUT} are measured"]
+                if held_out > MOST_HELD_OUT
+                else []
+            ),
         ):
             console.print(f"warning: {warning}", highlight=False, markup=False)
     task = TrainTask(
         home_uri=home.uri,
-        identity=RunIdentity(run_id, training_snapshot_id, start.digest, _recipe_digest(recipe)),
+        identity=RunIdentity(
+            run_id,
+            training_snapshot_id,
+            start.digest,
+            _recipe_digest(recipe),
+            reference.digest if objective.has_reference else "",
+        ),
         start_model_id=start.model_id,
         reference_model_id=reference.model_id,
         section=section,
@@ -405,7 +461,9 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
         raise WorkersLost(msg)
     snapshot = home.artifact("training", task.identity.snapshot_id)
-    learning = _judge(measures, seed=recipe.train.seed, sources=distinct(read_groups(snapshot, Split.HELD_OUT)))
+    learning = _judge(
+        measures, seed=recipe.train.seed, sources=distinct(read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT))
+    )
     counts = snapshot.manifest()["counts"]
     metrics = {
         **summary(measures),
@@ -528,13 +586,13 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     console = Console()
     home, ledger, recipe = session.home, session.ledger, session.recipe
     with ray_cluster(home):
+        require_train_room(recipe)
+        preflight(home, home.ledger_url)
         snapshot_id = options.training_snapshot
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
             require_pairs(recipe, usable_rows(recipe, pairs))
-            require_train_room(recipe)
-            preflight(home, home.ledger_url)
             require_trackers(recipe.track, home)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)

@@ -1,20 +1,21 @@
 """What runs on each train worker: one stream of rows, the loop of `app.training`, checkpoints, the export.
 
-One Ray Data execution for each epoch feeds the job: rank 0 iterates it and broadcasts each step's groups, every rank
-takes its share, so storage is read once an epoch and world size changes nothing about which rows make a step. The
-function lives in a module of its own because a train function of `__main__` does not pickle.
+One Ray Data execution for each epoch feeds the job: a thread of rank 0 iterates it a few steps ahead, rank 0 broadcasts
+each step's groups, every rank takes its share, so storage is read once an epoch and world size changes nothing about
+which rows make a step. The function lives in a module of its own because a train function of `__main__` does not pickle.
 """
 
-import itertools
 import json
 import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
@@ -41,12 +42,27 @@ from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, head_calls, own_attention
-from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, epoch_files, epoch_stream, groups_of_table, read_groups
+from app.training.snapshots import (
+    SHUFFLE_WINDOW,
+    TrainFile,
+    epoch_files,
+    epoch_stream,
+    groups_of_table,
+    read_groups,
+    rows_of_steps,
+)
 from app.training.tokenization import Group
 
 RESULT = "result.json"
 EXPORT = "export"
+MOST_HELD_OUT = 4096
+"""Held-out rows that a run measures, the first in their shuffled order: so many tell an accuracy to 1.5 points, and every
+worker keeps them all."""
 _READ_BATCH = 256
+_AHEAD = 4
+"""Steps that are read before they are asked for; they hide where one epoch's execution ends and the next begins."""
+_STARVED_S = 480.0
+"""How long the next step may take to be read; less than workers wait for one another, so that the one that knows why says it."""
 _STEP_ZERO_GROUPS = 4
 _TOKEN_BYTES = 8
 _LOOK_S = 5.0
@@ -182,8 +198,8 @@ def _train(task: TrainTask) -> None:
     reference = _reference(task, sharding, policy) if objective.has_reference else precomputed
     snapshot = home.artifact("training", task.identity.snapshot_id)
 
-    held_out = read_groups(snapshot, Split.HELD_OUT)
-    shown = held_out or _first_groups(task)
+    held_out = read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT)
+    shown = held_out or read_groups(snapshot, Split.TRAIN, at_most=_STEP_ZERO_GROUPS)
     checkpoints = Checkpoints(home, task.identity, workers)
     resumed = checkpoints.load_newest(engine)
     if not resumed.step:
@@ -221,6 +237,7 @@ def _train(task: TrainTask) -> None:
         if section.canary_every and report.step % section.canary_every == 0 and workers.rank == 0:
             metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
+        checkpoints.require_no_failure()
         going = _nodes_going(steps) - warned
         warned |= going
         if report.step % section.checkpoint_every == 0 or last or going:
@@ -438,14 +455,12 @@ class SharedSteps:
     def __iter__(self) -> Iterator[Sequence[Group]]:
         """Yield the groups of the steps that are left."""
         task, first = self._task, self._workers.rank == 0
-        steps = _read_steps(task) if first else iter(())
-        for number in range(task.total_steps):
+        steps = _ahead(partial(_read_steps, task, skip=self._skip)) if first else iter(())
+        for number in range(self._skip, task.total_steps):
             step = next(steps, None) if first else None
             if first and step is None:
                 msg = f"the stream ended at step {number} of {task.total_steps}"
                 raise DataError(msg)
-            if number < self._skip:
-                continue
             own = None if step is None else _Step(step, look=time.monotonic() - self._looked > _LOOK_S)
             shared = self._workers.share(own) if isinstance(self._workers, DistributedWorkers) else own
             assert shared is not None  # noqa: S101  a worker that is alone is the first
@@ -461,16 +476,62 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
     return set(info.preempted_node_ids) if info is not None else set()
 
 
-def _read_steps(task: TrainTask) -> Iterator[list[Group]]:
+def _ahead(read: Callable[[], Iterator[list[Group]]]) -> Iterator[list[Group]]:
+    """Yield what a thread reads, a few steps ahead.
+
+    Raises:
+        DataError: nothing came for `_STARVED_S`. Ray Data waits without a word for CPUs that others have taken, and a worker
+            that is alone has nobody who would miss it in a collective.
+    """
+    steps: Queue[list[Group] | BaseException | None] = Queue(_AHEAD)
+
+    def run() -> None:
+        try:
+            for step in read():
+                steps.put(step)
+        except BaseException as error:  # noqa: BLE001  raised again below, where it is waited for
+            steps.put(error)
+        else:
+            steps.put(None)
+
+    # It dies with the process; a run that ends before its rows do leaves it waiting.
+    Thread(target=run, name="rows", daemon=True).start()
+    while True:
+        try:
+            step = steps.get(timeout=_STARVED_S)
+        except Empty:
+            msg = f"no row was read for {_STARVED_S:.0f} s\n\nHint: are the cluster's CPUs taken by other jobs, or does the storage not answer?"
+            raise DataError(msg) from None
+        if isinstance(step, BaseException):
+            raise step
+        if step is None:
+            return
+        yield step
+
+
+def _read_steps(task: TrainTask, *, skip: int) -> Iterator[list[Group]]:
+    """Read the groups of each step behind the first `skip`; what these took is passed over, epochs unread, rows undecoded."""
     section = task.section
-    batches = itertools.chain.from_iterable(map(_read_epoch, range(task.epochs)))
     orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(task.epochs)]
-    indices = (file.first + i for order in orders for file in order for i in range(len(file.judgements)))
-    groups = _in_order(batches, indices)
+    length = sum(len(file.judgements) for file in task.files)
+    rows = rows_of_steps(
+        task.files,
+        seed=section.seed,
+        epochs=task.epochs,
+        window=SHUFFLE_WINDOW,
+        batch_pairs=section.batch_pairs,
+        steps=skip,
+    )
+    first, passed = divmod(rows, length)
 
     def epochs() -> Iterator[Group]:
-        for epoch, order in enumerate(orders):
-            yield from epoch_stream(groups, order, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW)
+        for epoch in range(first, task.epochs):
+            order, left_out = orders[epoch], passed if epoch == first else 0
+            indices = [file.first + i for file in order for i in range(len(file.judgements))]
+            groups = _in_order(_read_epoch(epoch), indices, skip=left_out // SHUFFLE_WINDOW * SHUFFLE_WINDOW)
+            yield from epoch_stream(
+                groups, order, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW, passed=left_out
+            )
 
     return step_groups(epochs(), section.batch_pairs)
 
@@ -487,15 +548,18 @@ def _read_epoch(epoch: int) -> Iterable[pa.Table]:
     )
 
 
-def _in_order(batches: Iterable[pa.Table], indices: Iterator[int]) -> Iterator[Group]:
-    """Yield the groups of a stream and refuse one that is not in the order which was asked for."""
+def _in_order(batches: Iterable[pa.Table], indices: Sequence[int], *, skip: int) -> Iterator[Group]:
+    """Yield the groups of a stream behind the first `skip`, and refuse one that is not in the order which was asked for."""
+    at = 0
     for table in batches:
-        for index, group in zip(table["row_index"].to_pylist(), groups_of_table(table), strict=True):
-            wanted = next(indices, None)
-            if index != wanted:
-                msg = f"the stream delivered row {index} where row {wanted} was expected"
-                raise DataError(msg)
-            yield group
+        found = table["row_index"].to_pylist()
+        if found != indices[at : at + len(found)]:
+            wanted = [*indices[at : at + len(found)], None]
+            index, other = next((f, w) for f, w in zip(found, wanted, strict=False) if f != w)
+            msg = f"the stream delivered row {index} where row {other} was expected"
+            raise DataError(msg)
+        yield from groups_of_table(table.slice(max(skip - at, 0)))
+        at += len(found)
 
 
 def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
@@ -506,10 +570,6 @@ def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
             break
         few.append(group)
     return few
-
-
-def _first_groups(task: TrainTask) -> list[Group]:
-    return read_groups(task.home().artifact("training", task.identity.snapshot_id), Split.TRAIN)[:_STEP_ZERO_GROUPS]
 
 
 def _export(

@@ -15,21 +15,23 @@ and training waits again only where the next checkpoint is due before the thread
 carries the attempt's name: what an attempt that was given up still writes is no part of another's checkpoint.
 """
 
-import glob
+import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,7 +45,6 @@ STALL_S: Final = 480.0
 """How long a checkpoint may take to be written beside training before the run is given up; less than workers wait for one
 another, so that the one that knows why says it."""
 _STATE = "state"
-_RNG = "rng"
 _KEPT = 2
 _PURPOSE: Final = b"prefloop checkpoint/1\n"
 _POLL_S = 0.1
@@ -57,6 +58,8 @@ class RunIdentity:
     snapshot_id: str
     start_digest: str
     recipe_digest: str
+    reference_digest: str
+    """Empty where the objective has no reference."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ class Checkpoints:
         self._attempt = workers.gather([uuid.uuid4().hex[:8]] if workers.rank == 0 else [])[0]
         self._writing: _Writing | None = None
         self._passed: set[str] = set()
-        self._scratch = f"prefloop-checkpoint-{identity.run_id}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch)}*"):
+        # A digest, or run `a` would remove what run `a-b` writes.
+        self._scratch = f"prefloop-checkpoint-{hashlib.sha256(identity.run_id.encode()).hexdigest()[:16]}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
             # Of workers that were killed; those of this attempt have not begun.
             shutil.rmtree(left, ignore_errors=True)
 
@@ -111,8 +115,6 @@ class Checkpoints:
         tensors, name = dict(engine.state()), f"{_STATE}-{self._workers.rank:05d}.safetensors"
         writers = self._workers.gather([name] if tensors else [])
         if tensors:
-            if self._workers.rank == 0:
-                tensors[_RNG] = torch.get_rng_state()
             content = {
                 "step": step,
                 "identity": asdict(self._identity),
@@ -124,6 +126,15 @@ class Checkpoints:
             self._writing = _Writing(self, artifact, local, name, writers, content)
             self._writing.thread.start()
         return time.perf_counter() - began
+
+    def require_no_failure(self) -> None:
+        """Raise what the checkpoint that is being written has met, as soon as it is known; every rank asks after each step.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        if self._writing is not None and self._writing.error is not None:
+            raise self._writing.error
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun last is complete, as far as it is this rank's to write.
@@ -145,7 +156,8 @@ class Checkpoints:
         """Load the newest valid checkpoint of the run; the first rank says which one that is, for all of them.
 
         Raises:
-            TrainingError: a checkpoint under this run id belongs to another snapshot, recipe or start model.
+            TrainingError: a checkpoint under this run id belongs to another snapshot, recipe, start model or reference, or
+                there are some and none of them is signed with this home's key.
         """
         skipped: dict[str, str] = {}
         while True:
@@ -157,21 +169,22 @@ class Checkpoints:
             if found.name is None:
                 self._passed = set(skipped)
                 return Resumed(skipped=tuple(skipped.values()))
-            artifact = self._home.artifact(self._kind, found.name)
-            # Each rank hashes a part, or the others would wait for one as long as it reads what all of them wrote.
-            faults = self._workers.gather(_faults(artifact, found.files, self._workers))
-            if not faults:
-                break
+            artifact, names = self._home.artifact(self._kind, found.name), sorted(found.files)
+            wanted = [names[rank] for rank in engine.ranks_to_read(len(names))]
+            # Of a folder that all see each rank hashes a part, or the others would wait for one as long as it reads it all.
+            shared = names[self._workers.rank :: self._workers.size]
+            with ExitStack() as stack:
+                folder, own = Path(), []
+                try:
+                    folder = stack.enter_context(artifact.verified_copy(found.files, wanted, shared=shared))
+                except DataError as error:
+                    own = [str(error)]
+                faults = self._workers.gather(own)
+                if not faults:
+                    self._passed = set(skipped)
+                    engine.restore(_reader(artifact, folder, names))
+                    return Resumed(found.step, found.reports, tuple(skipped.values()))
             skipped = {**skipped, found.name: f"checkpoint {found.name} skipped: {faults[0]}"}
-        self._passed = set(skipped)
-        names = sorted(found.files)
-        with artifact.local_copy(names) as folder:
-            stored = _reader([folder / name for name in names])
-            rng = stored(_RNG)
-            assert rng is not None  # noqa: S101  every checkpoint has one
-            torch.set_rng_state(rng.slice(0, rng.numel))
-            engine.restore(stored)
-        return Resumed(found.step, found.reports, tuple(skipped.values()))
 
     def complete(self, writing: "_Writing", digests: dict[str, dict[str, Any]]) -> None:
         """Sign what all ranks wrote, and remove what is no longer kept; the first rank's thread calls it."""
@@ -204,7 +217,7 @@ class Checkpoints:
 
     def _newest(self, passed: dict[str, str]) -> "_Newest":
         """Find the newest checkpoint that is signed; `passed` are those with a damaged file."""
-        skipped = dict(passed)
+        skipped, foreign = dict(passed), ""
         self._remove_unfinished()
         for name in reversed(self._home.names(self._kind)):
             if name in passed:
@@ -213,12 +226,17 @@ class Checkpoints:
                 manifest = self._home.artifact(self._kind, name).manifest(key=self._key, purpose=_PURPOSE)
             except DataError as error:
                 skipped[name] = f"checkpoint {name} skipped: {error}"
+                foreign = foreign or str(error)
                 continue
             if manifest["identity"] != asdict(self._identity):
                 differing = [k for k, v in asdict(self._identity).items() if manifest["identity"].get(k) != v]
                 msg = f"run `{self._identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
                 return _Newest(None, skipped, refusal=msg)
             return _Newest(name, skipped, manifest["files"], int(manifest["step"]), tuple(manifest["reports"]))
+        if foreign and not passed:
+            # Another key is likelier than that all of them are damaged, and to begin again would be hours, without a word.
+            msg = f"run `{self._identity.run_id}` has checkpoints, and none that can be trusted: {foreign}\n\nHint: set PREFLOOP_SIGNING_KEY to the key that it began with, or start a new run id."
+            return _Newest(None, skipped, refusal=msg)
         return _Newest(None, skipped)
 
     def _remove_unfinished(self) -> None:
@@ -313,17 +331,6 @@ def _receipt_name(name: str) -> str:
     return f".{name}.json"
 
 
-def _faults(artifact: Artifact, files: dict[str, dict[str, Any]], workers: Workers) -> list[str]:
-    """Compare this rank's part of the files with what was signed."""
-    found = []
-    for name in sorted(files)[workers.rank :: workers.size]:
-        try:
-            artifact.verify_file(name, files[name])
-        except DataError as error:
-            found.append(str(error))
-    return found
-
-
 def _unwritten(artifact: Artifact, error: Exception) -> DataError:
     msg = f"checkpoint `{artifact.uri}` cannot be written: {error}\n\nHint: what was complete before is still there; make room, and the same run id goes on from it."
     return DataError(msg)
@@ -363,11 +370,25 @@ class _Pieces:
         return torch.cat(found)
 
 
-def _reader(files: Sequence[Path]) -> Stored:
+def _reader(artifact: Artifact, folder: Path, names: Sequence[str]) -> Stored:
+    """Return what finds tensors in the files of a folder; of those that were not brought there, only the sizes are asked."""
     parts: dict[str, list[tuple[Path, int]]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
-                shape = file.get_slice(name).get_shape()
-                parts.setdefault(name, []).append((path, int(torch.Size(shape).numel())))
+    for name in names:
+        here = (folder / name).exists()
+        for tensor, numel in _sizes(
+            *((LocalFileSystem(), f"{folder}/{name}") if here else (artifact.filesystem, f"{artifact.path}/{name}"))
+        ):
+            parts.setdefault(tensor, []).append((folder / name, numel))
     return lambda name: _Pieces(name, tuple(parts[name])) if name in parts else None
+
+
+def _sizes(filesystem: AbstractFileSystem, path: str) -> Iterator[tuple[str, int]]:
+    """Yield name and number of elements of each tensor in a safetensors file, from its header alone.
+
+    The format is the length of a JSON text in 8 bytes, the text, then the tensors (https://github.com/huggingface/safetensors).
+    """
+    length = int.from_bytes(filesystem.cat_file(path, start=0, end=8), "little")
+    header = json.loads(filesystem.cat_file(path, start=8, end=8 + length))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            yield name, math.prod(tensor["shape"])

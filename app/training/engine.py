@@ -9,7 +9,7 @@ knows no losses and no batches.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol, TypeVar
 
 import torch
@@ -107,6 +107,9 @@ class Engine(Protocol):
     def state(self) -> Mapping[str, Tensor]:
         """Return what this worker keeps of weights and optimizer for a resume, on the CPU; nothing where another does."""
 
+    def ranks_to_read(self, ranks: int) -> Iterable[int]:
+        """Return whose parts of a state that so many ranks kept `restore` reads on this worker."""
+
     def restore(self, stored: Stored) -> None:
         """Put back what `state` gave, on however many workers."""
 
@@ -175,6 +178,10 @@ class Replicated:
             for key, value in self.optimizer.state[parameter].items():
                 kept[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().reshape(-1).cpu()
         return kept
+
+    def ranks_to_read(self, ranks: int) -> Iterable[int]:
+        """Return all ranks."""
+        return range(ranks)
 
     def restore(self, stored: Stored) -> None:
         """Put weights and moments back."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from app.config import TrainSection
 from app.errors import TrainingError
+from app.schemas import content_hash
 from app.training.batch import PackedBatch, filler, micro_batches, rank_share
 from app.training.engine import Engine, Workers
 from app.training.judgements import Unit, divide
@@ -109,6 +110,8 @@ def optimise(
     policy, device, failures = engine.policy, engine.device, 0
     for step, (groups, waited) in enumerate(_waited_for(steps), start=done_steps):
         began = time.perf_counter()
+        # Of what is random in a forward nothing has to be kept for a resume.
+        torch.manual_seed(int(content_hash([section.seed, step, workers.rank])[:15], 16))
         policy.train()
         totals = Totals.of(groups, objective.unit)
         # Strangers are of no use to an objective without a KL, though its snapshot may hold them.

@@ -196,9 +196,10 @@ def check_binding(
     return manifest
 
 
-def read_groups(artifact: Artifact, split: Split) -> list[Group]:
-    """Read all groups of a split, in global order."""
-    return [from_row(row) for path in artifact.part_uris(split.value) for row in _rows(artifact, path)]
+def read_groups(artifact: Artifact, split: Split, *, at_most: int | None = None) -> list[Group]:
+    """Read the groups of a split in global order, which is shuffled; no file is read behind the first `at_most` rows."""
+    rows = (row for path in artifact.part_uris(split.value) for row in _rows(artifact, path))
+    return list(map(from_row, itertools.islice(rows, at_most)))
 
 
 def groups_of_table(table: pa.Table) -> list[Group]:
@@ -235,26 +236,48 @@ def epoch_files(files: Sequence[TrainFile], *, seed: int, epoch: int) -> list[Tr
 
 
 def epoch_stream(
-    items: Iterator[Item], files: Sequence[TrainFile], *, seed: int, epoch: int, window: int
+    items: Iterator[Item], files: Sequence[TrainFile], *, seed: int, epoch: int, window: int, passed: int = 0
 ) -> Iterator[Item]:
     """Take one epoch off a stream that comes in file order, permuted inside fixed windows.
 
     The permutation depends on (seed, epoch, window number) alone, so it is the same for every world size and resume.
 
+    Args:
+        items: the rows from the first window on of which something is left.
+        files: in the order of the epoch.
+        seed: of the run.
+        epoch: its number.
+        window: rows that are shuffled among each other.
+        passed: rows of the epoch that were taken before and are left out.
+
     Raises:
         DataError: the stream ends before the rows of the epoch do.
     """
     length = sum(len(file.judgements) for file in files)
-    for number, start in enumerate(range(0, length, window)):
+    for start in range(passed // window * window, length, window):
+        number = start // window
         buffer = list(itertools.islice(items, min(window, length - start)))
         if len(buffer) < min(window, length - start):
             msg = f"the stream of epoch {epoch} ended after {start + len(buffer)} of {length} rows"
             raise DataError(msg)
-        yield from _permuted(buffer, f"{seed}/{epoch}/{number}")
+        yield from _permuted(buffer, f"{seed}/{epoch}/{number}")[max(passed - start, 0) :]
 
 
 def count_steps(files: Sequence[TrainFile], *, seed: int, epochs: int, window: int, batch_pairs: int) -> int:
     """Return the number of optimizer steps, by walking the very order that training walks."""
+    return sum(1 for _ in _steps(files, seed=seed, epochs=epochs, window=window, batch_pairs=batch_pairs))
+
+
+def rows_of_steps(
+    files: Sequence[TrainFile], *, seed: int, epochs: int, window: int, batch_pairs: int, steps: int
+) -> int:
+    """Return how many rows, of all epochs one after the other, the first so many steps take; reads no row."""
+    walked = _steps(files, seed=seed, epochs=epochs, window=window, batch_pairs=batch_pairs)
+    return sum(map(len, itertools.islice(walked, steps)))
+
+
+def _steps(files: Sequence[TrainFile], *, seed: int, epochs: int, window: int, batch_pairs: int) -> Iterator[list[int]]:
+    """Yield the pairs and labels of each row of each step."""
 
     def counts() -> Iterator[int]:
         for epoch in range(epochs):
@@ -262,7 +285,7 @@ def count_steps(files: Sequence[TrainFile], *, seed: int, epochs: int, window: i
             stream = (count for file in ordered for count in file.judgements)
             yield from epoch_stream(stream, ordered, seed=seed, epoch=epoch, window=window)
 
-    return sum(1 for _ in cut_steps(counts(), lambda count: count, batch_pairs))
+    return cut_steps(counts(), lambda count: count, batch_pairs)
 
 
 def _permuted(items: Sequence[Item], key: str) -> list[Item]:

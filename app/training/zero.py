@@ -11,7 +11,7 @@ would ask for ninja and a compiler at start (`deepspeed/comm/torch.py`), and tor
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -154,6 +154,10 @@ class Zero3:
             if "step" in moments and self._workers.rank == 0:
                 kept[f"optimizer/step/{name}"] = torch.as_tensor(moments["step"]).reshape(1).clone().cpu()
         return kept
+
+    def ranks_to_read(self, ranks: int) -> Iterable[int]:
+        """Return this rank, and the first, which keeps the counts of steps; all, where slices were others."""
+        return sorted({0, self._workers.rank}) if ranks == self._workers.size else range(ranks)
 
     def restore(self, stored: Stored) -> None:
         """Put this rank's slices back, from however many ranks they came."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ _EVERY = 20
 """Steps between two looks at memory."""
 
 
+def step_line(names: Sequence[str]) -> bytes:
+    """What goes into the digest of a step."""
+    return (",".join(names) + "\n").encode()
+
+
 def read_stream(settings: dict[str, Any]) -> None:
     """Walk all steps; write seconds of waiting and resident memory of every `_EVERY`th, rows and their digest."""
     task: TrainTask = settings["task"]
@@ -29,7 +35,7 @@ def read_stream(settings: dict[str, Any]) -> None:
         groups = next(steps)
         waits.append(time.perf_counter() - asked)
         rows += len(groups)
-        digest.update(",".join(group.group_id for group in groups).encode())
+        digest.update(step_line([group.group_id for group in groups]))
         if number % _EVERY == 0:
             memory.append(process.memory_info().rss)
     found = {"rows": rows, "waits": waits, "memory": memory, "digest": digest.hexdigest()}

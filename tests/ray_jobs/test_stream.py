@@ -1,9 +1,13 @@
 """One stream for all ranks: a snapshot many times larger than the object store, read once an epoch, in flat memory."""
 
+import hashlib
 import itertools
 import json
 import statistics
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,12 @@ from app.bench.counted import COUNTS_VARIABLE, counts
 from app.config import TrainSection
 from app.schemas import TRAINING_SCHEMA, Split
 from app.storage import Home
+from app.training.batch import cut_steps
 from app.training.checkpoints import RunIdentity
-from app.training.snapshots import SHUFFLE_WINDOW, count_steps, train_files
+from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, epoch_stream, train_files
 from ray_jobs.train import epoch_datasets, stream_config
 from ray_jobs.worker import TrainTask
-from tests.ray_jobs.stream_reader import read_stream
+from tests.ray_jobs.stream_reader import read_stream, step_line
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 STORE = 100 * 2**20
@@ -97,7 +102,7 @@ def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_m
     steps = count_steps(files, seed=0, epochs=EPOCHS, window=SHUFFLE_WINDOW, batch_pairs=BATCH_PAIRS)
     task = TrainTask(
         home_uri=home.uri,
-        identity=RunIdentity("stream", "large", "", ""),
+        identity=RunIdentity("stream", "large", "", "", ""),
         start_model_id="",
         reference_model_id="",
         section=TrainSection(batch_pairs=BATCH_PAIRS, seed=0),
@@ -107,23 +112,16 @@ def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_m
         learning_rate=0.0,
         threads=1,
     )
-    TorchTrainer(
-        read_stream,
-        train_loop_config={"task": task, "into": str(tmp_path)},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        datasets=epoch_datasets(home, files, seed=0, epochs=EPOCHS),
-        dataset_config=stream_config(),
-        run_config=RunConfig(name=f"stream-{workers}", storage_path=str(tmp_path / "ray")),
-    ).fit()
+    with watched() as seen:
+        trainer_of(task, home, files, workers, tmp_path).fit()
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(workers)]
     assert [rank["rows"] for rank in found] == [rows * EPOCHS] * workers
-    assert len({rank["digest"] for rank in found}) == 1
+    assert {rank["digest"] for rank in found} == {digest_of_steps(files)}, "rows of a step differ with the workers"
+    flat = [flatness(rank["memory"]) for rank in found]
+    assert max(flat) <= 1.1, "a worker grows"
+    assert flatness(seen.driver) <= 1.1, "the driver grows"
+    assert seen.spilled == set(), "what does not fit is not materialised"
     first = found[0]
-    memory = first["memory"]
-    # The window of rows that are shuffled among each other has filled by a quarter of the first epoch.
-    warm, later = memory[len(memory) // 8 : len(memory) // 2], memory[len(memory) // 2 :]
-    assert statistics.median(later) <= 1.1 * max(warm)
     boundary = steps // EPOCHS
     pauses = first["waits"][boundary - 2 : boundary + 2 + SHUFFLE_WINDOW // BATCH_PAIRS]
     usual = max(first["waits"][SHUFFLE_WINDOW // BATCH_PAIRS + 1 : boundary - 2])
@@ -133,13 +131,71 @@ def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_m
     names = {file.path for file in files}
     streamed = sum(count for (path, by_ray), count in read.items() if by_ray and path in names) / size / EPOCHS
     assert streamed <= 1.2
-    spilled = list(Path(ray._private.worker._global_node.get_session_dir_path()).rglob("ray_spilled_objects*/*"))
-    assert spilled == [], "what does not fit is not materialised"
-    driver = psutil.Process().memory_info().rss
     claim(
-        f"with {workers} worker(s) a snapshot five times the object store streams without spilling, read at most 1.2 times an epoch, in flat memory",
+        f"with {workers} worker(s) a snapshot five times the object store streams without spilling, read at most 1.2 times an epoch, in flat memory, the same rows in each step",
         figure=f"{size / 2**20:.0f} MB through {STORE / 2**20:.0f} MB, read {streamed:.2f}x, "
-        f"rank 0 {statistics.median(warm) / 2**20:.0f} then {statistics.median(later) / 2**20:.0f} MB, driver {driver / 2**20:.0f} MB, "
+        f"workers grow by at most {max(flat) - 1:.1%} to {max(max(rank['memory']) for rank in found) / 2**20:.0f} MB, driver by {flatness(seen.driver) - 1:.1%} to {max(seen.driver) / 2**20:.0f} MB, "
         f"longest wait at the epochs' boundary {max(pauses):.2f} s",
         seed=0,
+    )
+
+
+def flatness(memory: list[int]) -> float:
+    """The median of the second half over the most until then; the window of rows has filled by an eighth of the whole."""
+    warm, later = memory[len(memory) // 8 : len(memory) // 2], memory[len(memory) // 2 :]
+    return statistics.median(later) / max(warm)
+
+
+def digest_of_steps(files: tuple[TrainFile, ...]) -> str:
+    """Of the rows of every step, by the definition of their order."""
+
+    def names() -> Iterator[str]:
+        for epoch in range(EPOCHS):
+            ordered = epoch_files(files, seed=0, epoch=epoch)
+            rows = (f"g{file.first + i}" for file in ordered for i in range(len(file.judgements)))
+            yield from epoch_stream(rows, ordered, seed=0, epoch=epoch, window=SHUFFLE_WINDOW)
+
+    digest = hashlib.sha256()
+    for step in cut_steps(names(), lambda _: 1, BATCH_PAIRS):
+        digest.update(step_line(step))
+    return digest.hexdigest()
+
+
+@dataclass
+class Watched:
+    """What was seen while the job ran: memory of the driver, and files that the object store spilled."""
+
+    driver: list[int] = field(default_factory=list)
+    spilled: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def watched() -> Iterator[Watched]:
+    seen, ended, process = Watched(), threading.Event(), psutil.Process()
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+
+    def look() -> None:
+        # Ray removes what it spilled as soon as nobody wants it any more.
+        while not ended.wait(0.2):
+            seen.driver.append(process.memory_info().rss)
+            seen.spilled |= {path.name for path in session.rglob("ray_spilled_objects*/*")}
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
+def trainer_of(task: TrainTask, home: Home, files: tuple[TrainFile, ...], workers: int, folder: Path) -> TorchTrainer:
+    return TorchTrainer(
+        read_stream,
+        train_loop_config={"task": task, "into": str(folder)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        datasets=epoch_datasets(home, files, seed=0, epochs=EPOCHS),
+        dataset_config=stream_config(),
+        run_config=RunConfig(name=f"stream-{workers}", storage_path=str(folder / "ray")),
     )

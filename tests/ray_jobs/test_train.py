@@ -16,8 +16,8 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from app.config import TrackSection, parse_recipe, usual_learning_rate
-from app.errors import DataError, ServiceError, TrainingError
-from app.ledger import Ledger, ModelRow, RunRow, RunStepRow
+from app.errors import DataError, LedgerError, ServiceError, TrainingError
+from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
 from app.storage import Home
@@ -37,7 +37,7 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, Preference
-from ray_jobs.train import _cause, train
+from ray_jobs.train import StepRecorder, _cause, train
 from tests.ray_jobs.test_trackers import events_of
 
 
@@ -232,6 +232,31 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
     ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert [m["step"] for m in steps_of(ledger, "killed-once")] == list(range(1, result.steps + 1))
+
+
+def test_a_ledger_that_is_away_for_a_moment_loses_no_step(home, monkeypatch):
+    monkeypatch.setattr("ray_jobs.train._ASKED_AGAIN_S", 0.01)
+    ledger, opened, left = Ledger.open(home.ledger_url), Ledger.open, [2]
+    run = {"kind": "train", "recipe": {}, "metrics": {}, "attempt": 1, "code_version": "", "status": "running"}
+    with ledger.write() as session:
+        session.add(RunRow(run_id="run", **run, created_at=now(), updated_at=now()))
+
+    def away(url):
+        if left[0]:
+            left[0] -= 1
+            raise LedgerError("connection refused")
+        return opened(url)
+
+    monkeypatch.setattr("ray_jobs.train.Ledger.open", away)
+    recorder = StepRecorder(home.ledger_url, "run")
+    recorder.after_report(None, [{"step": 1, "loss": 0.5}], None)
+    recorder.after_report(None, [{"step": 2, "loss": 0.4}], None)
+    assert [metrics["loss"] for metrics in steps_of(ledger, "run")] == [0.5, 0.4]
+    monkeypatch.setattr("ray_jobs.train.LEDGER_AWAY_S", 0.05)
+    left[0] = 1_000_000
+    with pytest.raises(LedgerError, match="connection refused"):
+        StepRecorder(home.ledger_url, "run").after_report(None, [{"step": 3, "loss": 0.3}], None)
+    ledger.close()
 
 
 def test_too_few_pairs_are_refused_with_the_number(cluster, stage):

@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from app.errors import DataError, TrainingError
-from app.storage import Home
+from app.storage import Artifact, Home
 from app.training import checkpoints
 from app.training.batch import step_groups
 from app.training.checkpoints import Checkpoints, Resumed, RunIdentity
@@ -31,7 +31,7 @@ from app.training.loop import optimise
 from app.training.policy import build_policy, trainable
 from tests.training.tiny_runs import OBJECTIVE, SECTION, Threads, engine_of, make_groups, reference_of
 
-IDENTITY = RunIdentity("run", "snapshot", "digest", "recipe")
+IDENTITY = RunIdentity("run", "snapshot", "digest", "recipe", "reference")
 STEPS = list(step_groups(make_groups(10), 4))
 SEEDS = range(10)
 
@@ -63,6 +63,23 @@ def train(start, home: Home, *, until: int = len(STEPS)) -> tuple[str, list[int]
         for value in engine.optimizer.state[parameter].values():
             digest.update(value.numpy().tobytes())
     return digest.hexdigest(), numbers
+
+
+def test_what_a_model_drops_at_random_is_the_same_after_a_resume(start, home, other_homes):
+    def dropping(rate: float):
+        loaded = start()
+        loaded.model.config.attention_dropout = rate
+        for module in loaded.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = rate
+        return loaded
+
+    whole, _ = train(partial(dropping, 0.3), other_homes())
+    broken = other_homes()
+    train(partial(dropping, 0.3), broken, until=1)
+    torch.manual_seed(99)
+    assert train(partial(dropping, 0.3), broken)[0] == whole
+    assert train(partial(dropping, 0.0), other_homes())[0] != whole
 
 
 def names(home: Home) -> list[str]:
@@ -238,21 +255,87 @@ def test_nothing_is_read_of_a_checkpoint_that_another_key_signed(start, home, mo
     monkeypatch.setenv("PREFLOOP_SIGNING_KEY", "another key of somebody else, 32 characters")
     opened = []
     monkeypatch.setattr(checkpoints, "safe_open", lambda *arguments, **options: opened.append(arguments))
-    resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
-    assert resumed.step == 0
-    assert "is not signed with this home's key" in resumed.skipped[0]
+    # To begin again would throw away what the run has done, without a word.
+    with pytest.raises(
+        TrainingError, match=r"none that can be trusted: .*is not signed with this home's key[\s\S]*SIGNING_KEY"
+    ):
+        Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
     assert opened == []
 
 
 def test_a_manifest_without_a_signature_is_skipped(start, home):
-    train(start, home, until=1)
-    [name] = names(home)
+    train(start, home, until=2)
+    name = names(home)[-1]
     path = folder(home, name) / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["signature"]
     path.write_text(json.dumps(manifest))
     engine = engine_of(build_policy(start(), SECTION), SECTION)
-    assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine).step == 0
+    resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+    assert (resumed.step, name in resumed.skipped[0]) == (1, True)
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_begins_again(start, home):
+    train(start, home, until=1)
+    [name] = names(home)
+    (folder(home, name) / "state-00000.safetensors").write_bytes(b"half")
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
+    assert (resumed.step, name in resumed.skipped[0]) == (0, True)
+
+
+def test_a_checkpoint_that_fails_is_told_before_the_next_one_is_due(start, home, monkeypatch):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    kept.require_no_failure()
+
+    def away(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "file_digest", away)
+    kept.save(engine, step=1)
+    end = time.monotonic() + 30
+    with pytest.raises(DataError, match=r"cannot be written: .*Input/output error"):
+        while time.monotonic() < end:
+            kept.require_no_failure()
+            time.sleep(0.01)
+
+
+def test_a_worker_reads_its_own_part_of_a_state_alone_where_the_checkpoint_lies_elsewhere(home, monkeypatch):
+    """Four ranks kept a slice each in a store; the third reads its own and the first, and knows how long the others are."""
+    monkeypatch.setenv("PREFLOOP_SIGNING_KEY", "k" * 32)
+    away = Home.at(f"memory://{home.uri}")
+    artifact = away.artifact("runs/run/checkpoints", "step-00000001-attempt0")
+    for rank in range(4):
+        piece = {"parameter/a": torch.full((3,), float(rank)), "parameter/b": torch.full((2,), 10.0 * rank)}
+        artifact.filesystem.pipe_file(f"{artifact.path}/state-{rank:05d}.safetensors", save(piece))
+    content = {"step": 1, "identity": asdict(IDENTITY), "reports": [], "score": None, "ranks": 4}
+    artifact.write_manifest(content, key=away.signing_key(), purpose=checkpoints._PURPOSE)
+    brought, get = [], type(artifact.filesystem).get_file
+
+    def counted(filesystem, remote, local, **options):
+        brought.append(remote.rsplit("/", 1)[-1])
+        return get(filesystem, remote, local, **options)
+
+    monkeypatch.setattr(type(artifact.filesystem), "get_file", counted)
+
+    class Third:
+        def ranks_to_read(self, ranks):
+            assert ranks == 4
+            return (0, 2)
+
+        def restore(self, stored):
+            self.a, self.b = stored("parameter/a"), stored("parameter/b")
+            self.found = [self.a.slice(6, 9).tolist(), self.b.slice(0, 2).tolist(), self.b.slice(4, 6).tolist()]
+
+    engine = Third()
+    assert Checkpoints(away, IDENTITY, SingleWorker()).load_newest(engine).step == 1
+    assert engine.found == [[2.0, 2.0, 2.0], [0.0, 0.0], [20.0, 20.0]]
+    assert (engine.a.numel, engine.b.numel) == (12, 8)
+    assert brought == ["state-00000.safetensors", "state-00002.safetensors"]
+    artifact.filesystem.pipe_file(f"{artifact.path}/state-00002.safetensors", save({"parameter/a": torch.zeros(3)}))
+    damaged = Checkpoints(away, IDENTITY, SingleWorker()).load_newest(Third())
+    assert (damaged.step, "differs from its manifest" in damaged.skipped[0]) == (0, True)
 
 
 def test_a_checkpoint_tells_where_the_run_goes_on_and_what_was_measured(start, home):
@@ -361,6 +444,9 @@ class Sliced:
     def state(self):
         return {"w": torch.full((3,), float(self.rank))}
 
+    def ranks_to_read(self, ranks):
+        return range(ranks)
+
     def restore(self, stored):
         self.read = stored("w").slice(0, 6).tolist()
 
@@ -407,10 +493,11 @@ def test_slices_of_several_ranks_are_cut_anew_for_any_other_number(tmp_path):
     for ranks in (1, 2, 3, 4, 7):
         width = -(-10 // ranks)
         padded = torch.cat([whole, torch.zeros(ranks * width - 10)])
-        files = [tmp_path / f"state-{ranks}-{rank:05d}.safetensors" for rank in range(ranks)]
-        for rank, path in enumerate(files):
-            save_file({"w": padded[rank * width : (rank + 1) * width].clone()}, path)
-        stored = checkpoints._reader(files)("w")
+        files = [f"state-{ranks}-{rank:05d}.safetensors" for rank in range(ranks)]
+        for rank, name in enumerate(files):
+            save_file({"w": padded[rank * width : (rank + 1) * width].clone()}, tmp_path / name)
+        reader = checkpoints._reader(Artifact(str(tmp_path)), tmp_path, files)
+        stored = reader("w")
         for start, stop in ((0, 10), (0, 1), (3, 8), (9, 10)):
             assert stored.slice(start, stop).tolist() == whole[start:stop].tolist()
-        assert checkpoints._reader(files)("v") is None
+        assert reader("v") is None

@@ -1,0 +1,109 @@
+"""The rows of a train worker: read ahead by a thread, waited for no longer than is told, and passed over undecoded."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from app.config import TrainSection
+from app.errors import DataError
+from app.schemas import TRAINING_SCHEMA, Split
+from app.storage import read_parquet
+from app.training.checkpoints import RunIdentity
+from app.training.engine import SingleWorker
+from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, to_row, train_files
+from ray_jobs import worker
+from ray_jobs.worker import SharedSteps, TrainTask
+from tests.training.tiny_runs import make_groups
+
+EPOCHS, BATCH_PAIRS = 3, 4
+
+
+@pytest.fixture
+def task(home) -> TrainTask:
+    artifact = home.artifact("training", "snapshot")
+    rows = (to_row(group, index) for index, group in enumerate(make_groups(30)))
+    artifact.write_rows(rows, TRAINING_SCHEMA, rows_per_file=7, stem=Split.TRAIN.value)
+    files = tuple(train_files(artifact))
+    return TrainTask(
+        home_uri=home.uri,
+        identity=RunIdentity("run", "snapshot", "", "", ""),
+        start_model_id="",
+        reference_model_id="",
+        section=TrainSection(batch_pairs=BATCH_PAIRS, seed=0),
+        epochs=EPOCHS,
+        files=files,
+        total_steps=count_steps(files, seed=0, epochs=EPOCHS, window=SHUFFLE_WINDOW, batch_pairs=BATCH_PAIRS),
+        learning_rate=0.0,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def read(task, monkeypatch) -> list[int]:
+    """The epochs that were read; their rows come from the files without Ray."""
+    epochs: list[int] = []
+
+    def rows(epoch: int) -> Iterator[pa.Table]:
+        epochs.append(epoch)
+        for file in epoch_files(task.files, seed=0, epoch=epoch):
+            yield from map(pa.Table.from_batches, zip(table_of(task, file).to_batches(max_chunksize=5), strict=True))
+
+    monkeypatch.setattr(worker, "_read_epoch", rows)
+    return epochs
+
+
+def table_of(task: TrainTask, file: TrainFile) -> pa.Table:
+    return read_parquet(task.home().filesystem, file.path, TRAINING_SCHEMA)
+
+
+def steps_of(task: TrainTask, *, skip: int) -> list[list[str]]:
+    return [[group.group_id for group in step] for step in SharedSteps(task, SingleWorker(), skip=skip)]
+
+
+def test_a_run_that_goes_on_gets_the_steps_that_are_left_and_reads_no_epoch_before_them(task, read):
+    whole = steps_of(task, skip=0)
+    assert len(whole) == task.total_steps
+    for done in range(task.total_steps):
+        read.clear()
+        assert steps_of(task, skip=done) == whole[done:]
+        assert read[0] == sum(map(len, whole[:done])) // 30
+
+
+def test_windows_that_are_done_are_not_decoded(task, read, monkeypatch):
+    monkeypatch.setattr(worker, "SHUFFLE_WINDOW", 8)
+    decode, rows = worker.groups_of_table, []
+
+    def counted(table: pa.Table):
+        rows.append(table.num_rows)
+        return decode(table)
+
+    monkeypatch.setattr(worker, "groups_of_table", counted)
+    whole = steps_of(task, skip=0)
+    rows.clear()
+    done = next(n for n in range(len(whole)) if sum(map(len, whole[:n])) >= 20)
+    assert steps_of(task, skip=done) == whole[done:]
+    assert sum(rows) == 30 * EPOCHS - 16
+
+
+def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
+    held = threading.Event()
+    monkeypatch.setattr(worker, "_read_epoch", lambda epoch: iter(held.wait, True))
+    monkeypatch.setattr(worker, "_STARVED_S", 0.2)
+    with pytest.raises(DataError, match=r"no row was read for 0 s[\s\S]*taken by other jobs"):
+        steps_of(task, skip=0)
+    held.set()
+
+
+def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):
+    Path(task.files[1].path).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="no readable Parquet"):
+        steps_of(task, skip=0)
+
+
+def test_a_stream_in_another_order_is_refused(task, monkeypatch):
+    monkeypatch.setattr(worker, "_read_epoch", lambda epoch: (table_of(task, file) for file in reversed(task.files)))
+    with pytest.raises(DataError, match=r"delivered row \d+ where row \d+ was expected"):
+        steps_of(task, skip=0)
