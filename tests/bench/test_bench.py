@@ -338,7 +338,8 @@ def test_more_workers_read_no_more_of_a_snapshot_and_make_no_more_collectives(da
     assert len({layout.collectives for layout in whole[1:]}) == 1
     # As many as a rank has micro-batches, which are fewer where there are more ranks.
     assert min(layout.collectives for layout in sliced[1:]) > whole[1].collectives, "weights are gathered"
-    assert overhead(found) > -1
+    seconds = {(layout.workers, layout.threads): layout.step_seconds for layout in whole}
+    assert overhead(found) == pytest.approx(seconds[2, 1] / seconds[1, 2] - 1)
     claim(
         "as much is read of a snapshot with 1, 2, 4 and 8 workers, in as many collectives a step",
         figure=f"{', '.join(f'{share:.2f}' for share in read)} times a small file; {whole[1].collectives:.0f} collectives, {sliced[1].collectives:.0f} with weights in slices on two workers",

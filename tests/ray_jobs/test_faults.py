@@ -1,21 +1,27 @@
 """Faults of a train job on a real cluster: what dies, stalls, fills up or is taken away, and how long that may take."""
 
 import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import pytest
 import sqlalchemy as sa
 import torch
 
-from app.errors import OutOfMemory
+from app.errors import OutOfMemory, PrefloopError
 from app.ledger import AuditRow, Ledger, RunStepRow
+from app.schemas import Split
+from app.storage import Home
+from app.training.snapshots import Binding, read_groups, write_training_snapshot
 from ray_jobs.train import train
+from tests.ray_jobs.deadly import POINTS
 from tests.ray_jobs.test_train import (  # noqa: F401  fixtures
     cluster,
     command,
@@ -27,7 +33,7 @@ from tests.ray_jobs.test_train import (  # noqa: F401  fixtures
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
 KILLS, SEED = 20, 11
-NOTICED_S, GOING_ON_S = 10.0, 60.0
+NOTICED_S, GOING_ON_S, REFUSED_S = 10.0, 60.0, 30.0
 
 
 def recipe_of(sft: str, *, epochs: int = 2, max_failures: int = 3, **train_section):
@@ -142,6 +148,36 @@ def test_a_run_whose_workers_are_killed_again_and_again_ends_with_the_bits_of_an
     claim("training goes on within 60 s of a kill", figure=f"at most {max(going_on):.1f} s of {KILLS}", **told)
 
 
+@pytest.fixture(scope="module")
+def short_run(cluster, stage):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    return train(home, ledger, recipe_of(sft), snapshot_id, run_id="short")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_worker_killed_at_a_named_point_leaves_a_run_that_ends_with_the_bits_of_an_unbroken_one(
+    short_run,
+    stage,  # noqa: F811
+    tmp_path,
+    claim,
+    point,
+):
+    home, ledger, _, snapshot_id, sft = stage
+    run_id, marker = point.replace(" ", "-"), tmp_path / "killed"
+    options = {"point": point, "marker": str(marker)}
+    recipe = recipe_of(sft, objective="tests.ray_jobs.deadly:deadly", options=options)
+    result = train(home, ledger, recipe, snapshot_id, run_id=run_id)
+    assert marker.exists(), "nobody was killed"
+    assert len(failures(ledger, run_id)) == 1
+    assert same_weights(home, result.model, short_run.model)
+    found, expected = steps_of(ledger, run_id), steps_of(ledger, "short")
+    assert [(s["step"], s["loss"], s["pairs"]) for s in found] == [(s["step"], s["loss"], s["pairs"]) for s in expected]
+    claim(
+        f"a worker killed {point}: the weights are those of an unbroken run, every row once",
+        figure=f"{len(found)} steps",
+    )
+
+
 def test_a_worker_that_stalls_is_given_up_and_the_run_ends_as_an_unbroken_one(long_run, stage, claim, monkeypatch):  # noqa: F811
     home, ledger, _, snapshot_id, sft = stage
     stall_s = 8
@@ -189,3 +225,88 @@ def test_memory_that_holds_not_even_a_quarter_ends_the_run_with_the_reason(clust
     recipe = recipe_of(sft, objective="tests.ray_jobs.hungry:hungry", options={}, micro_batch_tokens=4096)
     with pytest.raises(OutOfMemory, match=r"was refused by a worker: .*DefaultCPUAllocator"):
         train(home, ledger, recipe, snapshot_id, run_id="starving")
+
+
+def other_workers(stage, place):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_of(sft)
+    recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 60})})
+    train(home, ledger, recipe, snapshot_id, run_id="too-many")
+
+
+def lost_part(stage, place):  # noqa: F811
+    part = parts_of(other := elsewhere(stage, place))[1]
+    part.unlink()
+    train(other, stage[1], recipe_of(stage[4]), stage[3], run_id="lost-part")
+
+
+def changed_part(stage, place):  # noqa: F811
+    part = parts_of(other := elsewhere(stage, place))[1]
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    train(other, stage[1], recipe_of(stage[4]), stage[3], run_id="changed-part")
+
+
+def other_recipe(stage, place):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    train(home, ledger, recipe_of(sft, options={"beta": 0.2}), snapshot_id, run_id="short")
+
+
+def other_snapshot(stage, place):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    artifact = home.artifact("training", snapshot_id)
+    groups = [group for split in Split for group in read_groups(artifact, split)]
+    binding = Binding(**artifact.manifest()["binding"])
+    fewer = write_training_snapshot(home, ledger, groups[1:], binding=binding, counts={}, rows_per_file=12)
+    train(home, ledger, recipe_of(sft), fewer.snapshot_id, run_id="short")
+
+
+def another_runs_checkpoints(stage, place):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    shutil.copytree(home.local("runs", "short", "checkpoints"), home.local("runs", "borrowed", "checkpoints"))
+    train(home, ledger, recipe_of(sft), snapshot_id, run_id="borrowed")
+
+
+def checkpoints_of_another_key(stage, place):  # noqa: F811
+    other = elsewhere(stage, place)
+    shutil.copytree(
+        stage[0].local("runs", "short", "checkpoints"), other.local("runs", "short-elsewhere", "checkpoints")
+    )
+    (other.local() / "signing_key").unlink()
+    train(other, stage[1], recipe_of(stage[4]), stage[3], run_id="short-elsewhere")
+
+
+def a_run_under_way(stage, place):  # noqa: F811
+    home, ledger, _, snapshot_id, sft = stage
+    with Ledger.open(home.ledger_url).alone("train-busy", patience_s=0):
+        train(home, ledger, recipe_of(sft), snapshot_id, run_id="busy")
+
+
+def elsewhere(stage, place: Path) -> Home:  # noqa: F811
+    return Home.at(shutil.copytree(stage[0].local(), place / "home", ignore=shutil.ignore_patterns("runs", "locks")))
+
+
+def parts_of(home: Home) -> list[Path]:
+    return sorted(home.local("training").glob("*/train-*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (other_workers, r"60 worker\(s\) with 1 CPUs each .* do not fit: the cluster has .* places for"),
+        (lost_part, r"lacks the file `train-00001.parquet`"),
+        (changed_part, r"train-00001.parquet` differs from its manifest"),
+        (other_recipe, r"run `short` exists with another snapshot, reference or recipe"),
+        (other_snapshot, r"run `short` exists with another snapshot, reference or recipe"),
+        (another_runs_checkpoints, r"run `borrowed` has checkpoints of another run_id"),
+        (checkpoints_of_another_key, r"run `short-elsewhere` has checkpoints, and none that can be trusted"),
+        (a_run_under_way, r"run `busy` is being trained by another process"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_cannot_work_is_refused_within_half_a_minute_in_one_message(short_run, stage, tmp_path, claim, ask, told):  # noqa: F811
+    began = time.monotonic()
+    with pytest.raises(PrefloopError, match=told):
+        ask(stage, tmp_path)
+    took = time.monotonic() - began
+    assert took <= REFUSED_S
+    claim(f"refused within 30 s: {ask.__name__.replace('_', ' ')}", figure=f"{took:.1f} s")
