@@ -48,6 +48,9 @@ LONG = {
     "train.min_steps": STEPS,
     "train.max_steps": STEPS,
     "train.checkpoint_every": 5,
+    # Policy and reference in slices: what a machine holds is lost with it.
+    "train.sharding": "zero3",
+    "train.reference": "sharded",
     # Not from the champion, which changes between these runs.
     "model.start": "sft",
     "model.reference_model": "sft",
@@ -380,7 +383,7 @@ def test_a_run_that_loses_the_machine_of_a_worker_ends_with_the_bits_of_an_unbro
     assert champion is not None
     assert champion.model_id == ended.model_id
     claim(
-        "a machine that hosts a worker loses its power: training goes on with the one that takes its place, ends with the bits of an unbroken run, and its model is evaluated and shipped",
+        "a machine that hosts a worker loses its power: training (policy and reference in slices) goes on with the one that takes its place, ends with the bits of an unbroken run, and its model is evaluated and shipped",
         figure=f"noticed after {noticed:.0f} s, the next new step after {going_on:.0f} s",
     )
 
