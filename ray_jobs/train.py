@@ -45,7 +45,7 @@ from app.models import Lineage, code_version, load_tokenizer, model_width, regis
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import Split, content_hash
 from app.storage import Artifact, Home, arrow_filesystem
-from app.training.checkpoints import RunIdentity
+from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import balanced, distinct
 from app.training.objectives import load_objective
@@ -254,6 +254,8 @@ def _train(
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
     try:
+        # A worker would refuse them too, once it has started.
+        newest_checkpoint(home, task.identity, passed={})
         _fit_in_memory(home, ledger, recipe, task, console=console)
         result = _finish(home, ledger, recipe, task)
         follower.end((task.total_steps, tracked(result.metrics)))

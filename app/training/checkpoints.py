@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def __init__(self, home: Home, identity: RunIdentity, workers: Workers) -> None:
         self._home, self._identity, self._workers = home, identity, workers
-        self._kind = f"runs/{identity.run_id}/checkpoints"
+        self._kind = _kind(identity)
         self._key = home.signing_key()
         # The first rank's: ranks that write one checkpoint must agree on its name.
         self._attempt = workers.gather([uuid.uuid4().hex[:8]] if workers.rank == 0 else [])[0]
@@ -215,29 +215,13 @@ class Checkpoints:
             raise DataError(msg)
         return files
 
-    def _newest(self, passed: dict[str, str]) -> "_Newest":
-        """Find the newest checkpoint that is signed; `passed` are those with a damaged file."""
-        skipped, foreign = dict(passed), ""
+    def _newest(self, passed: dict[str, str]) -> "Newest":
+        """Find the newest checkpoint that is signed, for all ranks; `passed` are those with a damaged file."""
         self._remove_unfinished()
-        for name in reversed(self._home.names(self._kind)):
-            if name in passed:
-                continue
-            try:
-                manifest = self._home.artifact(self._kind, name).manifest(key=self._key, purpose=_PURPOSE)
-            except DataError as error:
-                skipped[name] = f"checkpoint {name} skipped: {error}"
-                foreign = foreign or str(error)
-                continue
-            if manifest["identity"] != asdict(self._identity):
-                differing = [k for k, v in asdict(self._identity).items() if manifest["identity"].get(k) != v]
-                msg = f"run `{self._identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
-                return _Newest(None, skipped, refusal=msg)
-            return _Newest(name, skipped, manifest["files"], int(manifest["step"]), tuple(manifest["reports"]))
-        if foreign and not passed:
-            # Another key is likelier than that all of them are damaged, and to begin again would be hours, without a word.
-            msg = f"run `{self._identity.run_id}` has checkpoints, and none that can be trusted: {foreign}\n\nHint: set PREFLOOP_SIGNING_KEY to the key that it began with, or start a new run id."
-            return _Newest(None, skipped, refusal=msg)
-        return _Newest(None, skipped)
+        try:
+            return newest_checkpoint(self._home, self._identity, passed=passed)
+        except TrainingError as error:
+            return Newest(None, passed, refusal=str(error))
 
     def _remove_unfinished(self) -> None:
         """Remove what attempts before this one began and never completed."""
@@ -337,7 +321,9 @@ def _unwritten(artifact: Artifact, error: Exception) -> DataError:
 
 
 @dataclass(frozen=True)
-class _Newest:
+class Newest:
+    """The checkpoint that a run would go on from, as far as manifests tell."""
+
     name: str | None
     skipped: dict[str, str]
     """By name, why it is passed over."""
@@ -345,6 +331,45 @@ class _Newest:
     step: int = 0
     reports: tuple[dict[str, Any], ...] = ()
     refusal: str = ""
+
+
+def newest_checkpoint(home: Home, identity: RunIdentity, *, passed: Mapping[str, str]) -> Newest:
+    """Find the newest checkpoint of a run that is signed; its files are not looked at.
+
+    Args:
+        home: where the run lies.
+        identity: of the run.
+        passed: checkpoints with a damaged file, and what is wrong with it.
+
+    Raises:
+        TrainingError: it belongs to another run, snapshot, recipe or model, or there are checkpoints and none is signed with
+            this home's key.
+    """
+    kind, key = _kind(identity), home.signing_key()
+    skipped, foreign = dict(passed), ""
+    for name in reversed(home.names(kind)):
+        if name in passed:
+            continue
+        try:
+            manifest = home.artifact(kind, name).manifest(key=key, purpose=_PURPOSE)
+        except DataError as error:
+            skipped[name] = f"checkpoint {name} skipped: {error}"
+            foreign = foreign or str(error)
+            continue
+        if manifest["identity"] != asdict(identity):
+            differing = [k for k, v in asdict(identity).items() if manifest["identity"].get(k) != v]
+            msg = f"run `{identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
+            raise TrainingError(msg)
+        return Newest(name, skipped, manifest["files"], int(manifest["step"]), tuple(manifest["reports"]))
+    if foreign and not passed:
+        # Another key is likelier than that all of them are damaged, and to begin again would be hours, without a word.
+        msg = f"run `{identity.run_id}` has checkpoints, and none that can be trusted: {foreign}\n\nHint: set PREFLOOP_SIGNING_KEY to the key that it began with, or start a new run id."
+        raise TrainingError(msg)
+    return Newest(None, skipped)
+
+
+def _kind(identity: RunIdentity) -> str:
+    return f"runs/{identity.run_id}/checkpoints"
 
 
 @dataclass(frozen=True)
