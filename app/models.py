@@ -293,6 +293,15 @@ def _loaded(
     )
 
 
+def computes_bfloat16() -> bool:
+    """Say whether oneDNN computes in bf16 on this machine's CPU: on x86 one with AVX-512.
+
+    Without it torch falls back to loops of its own. On an AVX2 machine SmolLM2-135M generated a quarter of the tokens that it
+    did in fp32, and a forward and backward pass over 512 tokens took thirteen times as long.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def device_of(gpu_ids: Sequence[object]) -> torch.device:
     """Return the device of a process that was given these GPUs: the current one, or the CPU where it was given none.
 

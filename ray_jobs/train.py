@@ -41,7 +41,15 @@ from app.errors import (
 )
 from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
 from app.ledger import TAKEN_OVER_S, Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
-from app.models import Lineage, code_version, load_tokenizer, model_width, register_folder, template_digest
+from app.models import (
+    Lineage,
+    code_version,
+    computes_bfloat16,
+    load_tokenizer,
+    model_width,
+    register_folder,
+    template_digest,
+)
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import Split, content_hash
 from app.storage import Artifact, Home, arrow_filesystem
@@ -222,15 +230,7 @@ def _train(
         section.objective, section.adapter, width=model_width(home, start.model_id), total_steps=total_steps
     )
     if console is not None:
-        for warning in (
-            *unusual_options(section.objective, section.options),
-            *unusual_rate(section.learning_rate, usual),
-            *(
-                [f"of {held_out} held-out rows the first {MOST_HELD_OUT} are measured"]
-                if held_out > MOST_HELD_OUT
-                else []
-            ),
-        ):
+        for warning in _warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu):
             console.print(f"warning: {warning}", highlight=False, markup=False)
     task = TrainTask(
         home_uri=home.uri,
@@ -281,6 +281,16 @@ def _train(
         raise
     finally:
         follower.end()
+
+
+def _warnings(section: TrainSection, usual: float, *, held_out: int, on_cpus: bool) -> list[str]:
+    """Return what somebody should know before the run, a line each."""
+    found = [*unusual_options(section.objective, section.options), *unusual_rate(section.learning_rate, usual)]
+    if held_out > MOST_HELD_OUT:
+        found.append(f"of {held_out} held-out rows the first {MOST_HELD_OUT} are measured")
+    if on_cpus and section.dtype == "bfloat16" and not computes_bfloat16():
+        found.append("this CPU computes in bfloat16 several times slower than in float32: set train.dtype to float32")
+    return found
 
 
 def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int]:

@@ -66,7 +66,12 @@ def run_demo(
         msg = f"no audience `{audience}`\n\nHint: --audience is `style` or `random`."
         raise RecipeError(msg)
     asked = load_recipe(recipe, overrides)
-    settings = [*_outside(home, style, prompts, asked), *overrides, f"collect.audience={audience}"]
+    settings = [
+        *_outside(home, style, prompts, asked),
+        *_types(console, asked),
+        *overrides,
+        f"collect.audience={audience}",
+    ]
     loaded = load_recipe(recipe, settings)
     print_overrides(console, recipe, loaded)
     path = home.local("demo", REPORT)
@@ -242,6 +247,17 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
             threshold = min(asked.threshold, _OUTSIDE_REWARD_ACCURACY)
             settings.append(f"evaluate.gate.rules.reward_accuracy.threshold={threshold}")
     return settings
+
+
+def _types(console: Console, recipe: Recipe) -> list[str]:
+    """Return overrides that compute in fp32 where the demo runs on a CPU that has no bf16."""
+    # transformers takes seconds to import, in which a wrong option could be told.
+    from app.models import computes_bfloat16
+
+    if recipe.workers.use_gpu or recipe.serving.gpus_per_replica or computes_bfloat16():
+        return []
+    console.print("this CPU computes in bfloat16 several times slower than in float32: using float32", highlight=False)
+    return ["train.dtype=float32", "serving.dtype=float32"]
 
 
 def _split(prompts: Sequence[Prompt]) -> PromptSplit:

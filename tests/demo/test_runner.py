@@ -197,3 +197,24 @@ def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(
     gates = [recipe.evaluate.gate for recipe in (told, load_recipe(RECIPE))]
     thresholds = [[gate.rules[name].threshold for name in ("judged_prompts", "reward_accuracy")] for gate in gates]
     assert thresholds == [[40, 0.4], [120, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("narrow", "overrides", "types"),
+    [
+        (True, [], ("bfloat16", "bfloat16")),
+        (False, [], ("float32", "float32")),
+        (False, ["train.dtype=bfloat16"], ("bfloat16", "float32")),
+        (False, ["serving.gpus_per_replica=1"], ("bfloat16", "bfloat16")),
+    ],
+)
+def test_on_a_cpu_without_bf16_the_demo_computes_in_fp32_unless_the_user_says_otherwise(
+    home, monkeypatch, narrow, overrides, types
+):
+    started: list[list[str]] = []
+    monkeypatch.setattr("app.demo.runner._child", lambda command, _: started.append(list(command)) or 1)
+    monkeypatch.setattr("app.models.computes_bfloat16", lambda: narrow)
+    run_demo(home, recipe=Path(RECIPE), audience="style", style=None, prompts=None, overrides=overrides)
+    settings = [after for before, after in itertools.pairwise(started[0]) if before == "--set"]
+    told = load_recipe(Path(RECIPE), settings)
+    assert (told.train.dtype, told.serving.dtype) == types

@@ -37,7 +37,7 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, Preference
-from ray_jobs.train import StepRecorder, _cause, train
+from ray_jobs.train import StepRecorder, _cause, _warnings, train
 from tests.ray_jobs.test_trackers import events_of
 
 
@@ -232,6 +232,21 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
     ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert [m["step"] for m in steps_of(ledger, "killed-once")] == list(range(1, result.steps + 1))
+
+
+def test_what_somebody_should_know_before_a_run_is_a_line_each(monkeypatch):
+    section = recipe_for("sft").train
+    monkeypatch.setattr("ray_jobs.train.computes_bfloat16", lambda: False)
+    assert _warnings(section, 1e-3, held_out=4096, on_cpus=True) == []
+    told = _warnings(section.model_copy(update={"dtype": "bfloat16"}), 1e-3, held_out=5000, on_cpus=True)
+    assert told == [
+        "of 5000 held-out rows the first 4096 are measured",
+        "this CPU computes in bfloat16 several times slower than in float32: set train.dtype to float32",
+    ]
+    wide = section.model_copy(update={"dtype": "bfloat16"})
+    assert _warnings(wide, 1e-3, held_out=0, on_cpus=False) == []
+    monkeypatch.setattr("ray_jobs.train.computes_bfloat16", lambda: True)
+    assert _warnings(wide, 1e-3, held_out=0, on_cpus=True) == []
 
 
 def test_a_ledger_that_is_away_for_a_moment_loses_no_step(home, monkeypatch):
