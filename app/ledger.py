@@ -389,7 +389,8 @@ class Ledger:
             return
         folder = Path(str(self.engine.url.database)).parent / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("w") as stream:
+        # A run's id may hold what a file's name may not.
+        with (folder / hashlib.sha256(name.encode()).hexdigest()).open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -299,7 +299,7 @@ def computes_bfloat16() -> bool:
     Without it torch falls back to loops of its own. On an AVX2 machine SmolLM2-135M generated a quarter of the tokens that it
     did in fp32, and a forward and backward pass over 512 tokens took thirteen times as long.
     """
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def device_of(gpu_ids: Sequence[object]) -> torch.device:

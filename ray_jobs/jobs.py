@@ -63,7 +63,7 @@ class JobRequest:
     arguments: tuple[str, ...] = ()
     """Given to the job as they are."""
     recipe_digest: str = ""
-    """Of what the recipe says, overrides and all."""
+    """Of what the recipe and the overrides say."""
 
     def checked(self) -> "JobRequest":
         """Return the request with an id.
@@ -88,7 +88,8 @@ class JobRequest:
             raise RecipeError(msg)
         job_id = self.job_id or f"{job.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
         relative = str(place.resolve().relative_to(Path.cwd()))
-        digest = content_hash(recipe.model_dump(mode="json"))
+        # Of what is written there: a newer prefloop may know more settings.
+        digest = content_hash(recipe.model_dump(mode="json", exclude_unset=True))
         return JobRequest(job, relative, self.overrides, job_id, self.home, self.arguments, digest)
 
     def entrypoint(self) -> str:

@@ -63,8 +63,8 @@ class NodeReport:
     """Digest of the key that it would sign with."""
     unsafe: tuple[str, ...]
     """Variables that are set and must not be."""
-    token: bool
-    """Whether Ray there asks for a token."""
+    token: bool = True
+    """Whether Ray there asks for a token. A node with an older prefloop does not say so, and is named for its version."""
 
 
 def preflight(home: Home, ledger_url: str) -> None:
@@ -152,12 +152,22 @@ def _mark(home: Home, nonce: str, path: str) -> NodeReport:
 
 def _within(seconds: float, ask: Callable[[], NodeReport]) -> NodeReport | None:
     """Return what is replied in time; a store that does not answer is asked by its library again and again."""
-    replies: Queue[NodeReport] = Queue()
-    Thread(target=lambda: replies.put(ask()), name="preflight", daemon=True).start()
+    replies: Queue[NodeReport | Exception] = Queue()
+
+    def run() -> None:
+        try:
+            replies.put(ask())
+        except Exception as error:  # noqa: BLE001  raised again below
+            replies.put(error)
+
+    Thread(target=run, name="preflight", daemon=True).start()
     try:
-        return replies.get(timeout=seconds)
+        reply = replies.get(timeout=seconds)
     except Empty:
         return None
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
 
 
 def _write(home: Home, path: str) -> str:

@@ -68,7 +68,7 @@ def run_demo(
     asked = load_recipe(recipe, overrides)
     settings = [
         *_outside(home, style, prompts, asked),
-        *_types(console, asked),
+        *_types(console, asked, overrides),
         *overrides,
         f"collect.audience={audience}",
     ]
@@ -249,8 +249,10 @@ def _outside(home: Home, style: Path | None, prompts: Path | None, recipe: Recip
     return settings
 
 
-def _types(console: Console, recipe: Recipe) -> list[str]:
-    """Return overrides that compute in fp32 where the demo runs on a CPU that has no bf16."""
+def _types(console: Console, recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    """Return overrides that compute in fp32 where the demo runs on a CPU that has no bf16, and nobody named a type."""
+    if any("dtype" in override for override in overrides):
+        return []
     # transformers takes seconds to import, in which a wrong option could be told.
     from app.models import computes_bfloat16
 

@@ -356,8 +356,9 @@ def newest_checkpoint(home: Home, identity: RunIdentity, *, passed: Mapping[str,
             skipped[name] = f"checkpoint {name} skipped: {error}"
             foreign = foreign or str(error)
             continue
-        if manifest["identity"] != asdict(identity):
-            differing = [k for k, v in asdict(identity).items() if manifest["identity"].get(k) != v]
+        # One from before there was a reference's digest says nothing of it; the run's row in the ledger does.
+        differing = [k for k, v in asdict(identity).items() if manifest["identity"].get(k, v) != v]
+        if differing:
             msg = f"run `{identity.run_id}` has checkpoints of another {', '.join(differing)}\n\nHint: start a new run id."
             raise TrainingError(msg)
         return Newest(name, skipped, manifest["files"], int(manifest["step"]), tuple(manifest["reports"]))

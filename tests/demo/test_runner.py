@@ -204,7 +204,7 @@ def test_prompts_from_outside_get_longer_answers_unless_the_user_says_how_long(
     [
         (True, [], ("bfloat16", "bfloat16")),
         (False, [], ("float32", "float32")),
-        (False, ["train.dtype=bfloat16"], ("bfloat16", "float32")),
+        (False, ["train.dtype=bfloat16"], ("bfloat16", "bfloat16")),
         (False, ["serving.gpus_per_replica=1"], ("bfloat16", "bfloat16")),
     ],
 )

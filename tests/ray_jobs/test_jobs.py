@@ -122,3 +122,13 @@ def test_a_job_that_failed_is_tried_again_with_its_mended_recipe(project):
     (project / "recipes" / "mine.yaml").write_text("name: mine\ntrain: {epochs: 2}\n")
     assert cluster_of(jobs).submit(ask().checked()) == ("monday-a2", "FAILED")
     assert jobs.sent == ["monday-a2"]
+
+
+def test_a_setting_that_nobody_wrote_is_no_part_of_what_a_job_is(project):
+    ask = partial(JobRequest, "loop", "recipes/mine.yaml", job_id="monday")
+    before = ask().checked().recipe_digest
+    (project / "recipes" / "mine.yaml").write_text("name: mine\ntrain: {epochs: 2}\n")
+    assert ask().checked().recipe_digest != before
+    (project / "recipes" / "mine.yaml").write_text("# a comment\nname: mine\n")
+    assert ask().checked().recipe_digest == before
+    assert ask(overrides=("train.epochs=2",)).checked().recipe_digest != before

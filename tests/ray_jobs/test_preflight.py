@@ -62,6 +62,13 @@ def test_a_node_that_cannot_do_its_part_is_named_with_the_reason(own, home, chan
     assert words in fault
 
 
+def test_a_node_with_an_older_prefloop_that_says_nothing_of_its_token_is_named_for_its_version(own, home):
+    old = replace(own, node="old", machine="another", versions={**own.versions, "prefloop": "0.0"})
+    object.__delattr__(old, "token")
+    [fault] = told(own, old, home=home)
+    assert "node old has prefloop 0.0" in fault
+
+
 def test_a_place_that_only_one_side_sees_is_refused(own, home):
     [fault] = told(own, replace(own, node="a"), home=home, unseen=["a"])
     assert "what node a writes to" in fault

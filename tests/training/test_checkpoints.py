@@ -351,6 +351,18 @@ def test_a_checkpoint_of_another_snapshot_is_refused(start, home):
         Checkpoints(home, replace(IDENTITY, snapshot_id="other"), SingleWorker()).load_newest(engine)
 
 
+def test_a_checkpoint_from_before_the_references_digest_is_read(start, home):
+    train(start, home, until=1)
+    [name] = names(home)
+    artifact = home.artifact("runs/run/checkpoints", name)
+    old = artifact.manifest()
+    content = {key: old[key] for key in ("step", "reports", "score", "ranks")}
+    content["identity"] = {key: value for key, value in old["identity"].items() if key != "reference_digest"}
+    artifact.write_manifest(content, key=home.signing_key(), purpose=checkpoints._PURPOSE)
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine).step == 1
+
+
 def test_a_checkpoint_from_before_the_first_update_is_read(start, home):
     engine = engine_of(build_policy(start(), SECTION), SECTION)
     kept = Checkpoints(home, IDENTITY, SingleWorker())
