@@ -400,10 +400,8 @@ def _reader(artifact: Artifact, folder: Path, names: Sequence[str]) -> Stored:
     """Return what finds tensors in the files of a folder; of those that were not brought there, only the sizes are asked."""
     parts: dict[str, list[tuple[Path, int]]] = {}
     for name in names:
-        here = (folder / name).exists()
-        for tensor, numel in _sizes(
-            *((LocalFileSystem(), f"{folder}/{name}") if here else (artifact.filesystem, f"{artifact.path}/{name}"))
-        ):
+        place = Artifact(str(folder)) if (folder / name).exists() else artifact
+        for tensor, numel in _sizes(place.filesystem, f"{place.path}/{name}"):
             parts.setdefault(tensor, []).append((folder / name, numel))
     return lambda name: _Pieces(name, tuple(parts[name])) if name in parts else None
 
