@@ -18,18 +18,20 @@ rename where the file system has one. The manifest holds the sha256 and size of 
 know what the files mean.
 """
 
+import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -54,6 +56,8 @@ JUDGEMENTS = "judgements"
 """Of an evaluation: every comparison, as Parquet."""
 _CHUNK = 1 << 20
 _HASHED_AT_ONCE = 8
+_USED = ".used"
+"""Beside a copy: locked, shared, by each process that reads it; an empty file for each artifact, which stays."""
 _RAY_WORKING_DIRECTORY = "working_dir_files"
 
 
@@ -285,7 +289,7 @@ class Artifact:
         sizes = {str(path): entry["size"] for path, entry in filesystem.find(root, detail=True).items()}
         for name, expected in files.items():
             if sizes.get(f"{root}/{name}") != expected["size"]:
-                self._compare(filesystem, root, name, expected)
+                self._compare(filesystem, f"{root}/{name}", name, expected)
         self._compare_all(filesystem, root, files)
         return manifest
 
@@ -294,16 +298,18 @@ class Artifact:
     ) -> None:
         """Compare files of a folder, this one or a copy, with what is expected of them; raises DataError as `_compare`."""
         with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-            compared = [pool.submit(self._compare, filesystem, root, name, files[name]) for name in files]
+            compared = [
+                pool.submit(self._compare, filesystem, f"{root}/{n}", n, expected) for n, expected in files.items()
+            ]
             for each in compared:
                 each.result()
 
     def _compare(
-        self, filesystem: fsspec.AbstractFileSystem, root: str, name: str, expected: Mapping[str, Any]
+        self, filesystem: fsspec.AbstractFileSystem, path: str, name: str, expected: Mapping[str, Any]
     ) -> None:
         """Compare one file with its sha256 and size; raises DataError where it is missing or differs."""
         try:
-            found = file_digest(filesystem, f"{root}/{name}")
+            found = file_digest(filesystem, path)
         except FileNotFoundError:
             raise self._lacks(name) from None
         if found != expected:
@@ -327,7 +333,10 @@ class Artifact:
         *,
         shared: Iterable[str] | None = None,
     ) -> Iterator[Path]:
-        """Yield the folder as `local_copy` does, after comparing what is read from it with its hashes.
+        """Yield the folder on this machine after comparing what is read from it with its hashes.
+
+        Where it is not local, processes of one machine that read it at the same time share one copy, which goes with the last
+        of them; what a killed one left goes when the next one comes.
 
         Args:
             files: sha256 and size of each, as the manifest has them.
@@ -338,15 +347,48 @@ class Artifact:
             DataError: names the first file that is missing or differs.
         """
         names = list(files if wanted is None else wanted)
-        with self.local_copy(names) as folder:
-            here = isinstance(self.filesystem, LocalFileSystem)
-            compared = shared if shared is not None and here else names
-            self._compare_all(LocalFileSystem(), str(folder), {name: files[name] for name in compared})
-            yield folder
+        if isinstance(self.filesystem, LocalFileSystem):
+            self._compare_all(self.filesystem, self.path, {n: files[n] for n in (names if shared is None else shared)})
+            yield Path(self.path)
+            return
+        folder = _copies() / content_hash([self.uri, files])[:16]
+        with folder.with_suffix(_USED).open("a+") as used:
+            fcntl.flock(used, fcntl.LOCK_SH)
+            (folder / "files").mkdir(parents=True, exist_ok=True)
+            try:
+                with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+                    fetched = [pool.submit(self._fetch, name, files[name], folder) for name in names]
+                    try:
+                        for each in fetched:
+                            each.result()
+                    except BaseException:
+                        pool.shutdown(cancel_futures=True)  # it waits for those that run: they write into the folder
+                        raise
+                yield folder / "files"
+            finally:
+                _remove_unused(used, folder)
+
+    def _fetch(self, name: str, expected: Mapping[str, Any], folder: Path) -> None:
+        """Copy and compare one file, where no other process of this machine has done so."""
+        target, coming = folder / "files" / name, folder / "coming" / name
+        for path in (target, coming):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with coming.with_name(f"{coming.name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if target.exists():
+                    return
+                self.filesystem.get_file(f"{self.path}/{name}", str(coming))
+                self._compare(LocalFileSystem(), str(coming), name, expected)
+                coming.replace(target)
+            except FileNotFoundError:
+                raise self._lacks(name) from None
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     @contextmanager
-    def local_copy(self, names: Iterable[str] | None = None) -> Iterator[Path]:
-        """Yield the folder on this machine: itself where it is local, else a temporary copy, of some files if named.
+    def local_copy(self) -> Iterator[Path]:
+        """Yield the folder on this machine: itself where it is local, else a temporary copy of its own.
 
         Raises:
             DataError: a file that is to be copied is missing.
@@ -355,7 +397,7 @@ class Artifact:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory(prefix="prefloop-copy-") as scratch:
-            for name in [*self.manifest()["files"], MANIFEST] if names is None else names:
+            for name in [*self.manifest()["files"], MANIFEST]:
                 target = Path(scratch, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -404,6 +446,29 @@ class Artifact:
         """Read all parts into one table; raises DataError for a damaged or foreign file."""
         tables = [read_parquet(self.filesystem, path, schema) for path in self.part_uris(stem)]
         return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _copies() -> Path:
+    """Return the folder of this machine's copies, without those that killed processes left; raises DataError where it is not ours."""
+    place = Path(tempfile.gettempdir(), f"prefloop-copies-{os.getuid()}")
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    if place.is_symlink() or not place.is_dir() or place.stat().st_uid != os.getuid():
+        msg = f"`{place}` belongs to somebody else, who could exchange the models in it\n\nHint: remove it, or set TMPDIR to a folder of your own."
+        raise DataError(msg)
+    for path in place.glob(f"*{_USED}"):
+        with path.open("a+") as used:
+            _remove_unused(used, path.with_suffix(""))
+    return place
+
+
+def _remove_unused(used: IO[str], folder: Path) -> None:
+    """Remove a copy that no process reads: each that does has a shared lock, which ends with it however it ends."""
+    with suppress(BlockingIOError):
+        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    # Closing is not enough where a forked child has the file too.
+    fcntl.flock(used, fcntl.LOCK_UN)
 
 
 def read_parquet(filesystem: fsspec.AbstractFileSystem, path: str, schema: pa.Schema | None) -> pa.Table:

@@ -3,7 +3,7 @@
     python -m ray_jobs.jobs submit JOB RECIPE [--set a.b=c] [--id ID] [--home PLACE] [--follow] [-- ARGUMENTS]
     python -m ray_jobs.jobs list | logs ID [--follow] | stop ID
 
-A job runs `python -m ray_jobs.JOB RECIPE …` in a copy of the working directory. Its id makes it one job: the same id
+A job runs `python -m ray_jobs JOB RECIPE …` in a copy of the working directory. Its id makes it one job: the same id
 again is the job that runs, succeeded or was held by the gate (and an error where the recipe or the home is another than
 it had), and a new attempt (`ID-a2`) of one that failed or was stopped. A training job's
 id is its run id too, so that the new attempt goes on from the last checkpoint. What jobs must know and nobody else
@@ -94,7 +94,7 @@ class JobRequest:
 
     def entrypoint(self) -> str:
         """Return the shell command that Ray runs."""
-        command = ["python", "-m", f"ray_jobs.{self.job}", self.recipe]
+        command = ["python", "-m", "ray_jobs", self.job, self.recipe]
         for override in self.overrides:
             command += ["--set", override]
         command += self.arguments

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Final
+from typing import Final, TypeVar
 
 import ray
 import sqlalchemy as sa
@@ -29,10 +29,14 @@ import app
 from app.errors import ServiceError
 from app.storage import Home, write_atomically
 
+T = TypeVar("T")
+
 TIMEOUT_S: Final = 17.0
 """How long a node may take to answer."""
 OWN_TIMEOUT_S: Final = 8.0
 """How long the home may take to answer this process; with the nodes' time, and what Ray takes to start, half a minute."""
+STORE_S: Final = 5.0
+"""How long it may take to answer a node, once the libraries that ask it are imported there."""
 _PACKAGES: Final = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "safetensors")
 _UNSAFE: Final = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
@@ -119,10 +123,29 @@ def preflight(home: Home, ledger_url: str) -> None:
         raise ServiceError(msg)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a process found of the home; the names are those of `NodeReport`."""
+
+    sees: bool = False
+    wrote: str = ""
+    fault: str = ""
+    key: str = ""
+
+
 def ask_node(home_uri: str, nonce: str, node: str) -> NodeReport:
     """Report on the machine that this runs on; never raises."""
-    sees, wrote, fault, key = False, "", "", ""
-    home = Home.at(home_uri)
+    try:
+        home = Home.at(home_uri)
+        _ = home.filesystem  # its library is imported here, which takes as long as the machine wants
+    except Exception as error:  # noqa: BLE001  object stores raise many kinds
+        return _report(node, _Look(fault=_said(error)))
+    silent = _Look(fault=f"it did not answer within {STORE_S:.0f} s")
+    return _report(node, _within(STORE_S, lambda: _look(home, nonce)) or silent)
+
+
+def _look(home: Home, nonce: str, *, own: bool = False) -> _Look:
+    sees, wrote, key = False, "", ""
     try:
         sees = bool(home.filesystem.exists(home.path(_FOLDER, nonce)))
         if sees:
@@ -130,10 +153,14 @@ def ask_node(home_uri: str, nonce: str, node: str) -> NodeReport:
             name = f"{nonce}-{secrets.token_hex(4)}"
             write_atomically(home.filesystem, home.path(_FOLDER, name), b"")
             wrote = name
-        if sees or node == "this process":
+        if sees or own:
             key = hashlib.sha256(home.signing_key()).hexdigest()
     except Exception as error:  # noqa: BLE001  object stores raise many kinds
-        fault = _said(error)
+        return _Look(sees, wrote, _said(error), key)
+    return _Look(sees, wrote, "", key)
+
+
+def _report(node: str, look: _Look) -> NodeReport:
     versions = {name: _version(name) for name in _PACKAGES}
     versions |= {"python": platform.python_version(), "prefloop": _own_version()}
     unsafe = tuple(name for name in _UNSAFE if os.environ.get(name))
@@ -141,18 +168,19 @@ def ask_node(home_uri: str, nonce: str, node: str) -> NodeReport:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         machine = platform.node()
-    return NodeReport(node, machine, versions, sees, wrote, fault, key, unsafe, bool(is_token_auth_enabled()))
+    token = bool(is_token_auth_enabled())
+    return NodeReport(node, machine, versions, look.sees, look.wrote, look.fault, look.key, unsafe, token)
 
 
 def _mark(home: Home, nonce: str, path: str) -> NodeReport:
     """Report on this process, and write what the nodes must see."""
-    own = ask_node(home.uri, nonce, "this process")
+    own = _report("this process", _look(home, nonce, own=True))
     return own if own.fault else replace(own, fault=_write(home, path))
 
 
-def _within(seconds: float, ask: Callable[[], NodeReport]) -> NodeReport | None:
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
     """Return what is replied in time; a store that does not answer is asked by its library again and again."""
-    replies: Queue[NodeReport | Exception] = Queue()
+    replies: Queue[T | Exception] = Queue()
 
     def run() -> None:
         try:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from app.errors import Interrupted, PrefloopError, ServiceError
 from app.ledger import Ledger
 from app.services import ServeApi, Services, ensure_ray_token, ray_token, submitted_runtime_env
 from app.storage import HOME_VARIABLE, Home
+from ray_jobs.preflight import preflight
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 _FREED_S = 5.0
@@ -71,12 +72,40 @@ def run_job(
     options = parser.parse_args(argv)
     # `ray job stop` sends SIGTERM: it must unwind like Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
+
+    def run() -> int:
         home = Home.from_environment()
         recipe = load_recipe(options.recipe, options.overrides)
         ledger = Ledger.open(home.ledger_url)
         session = Session(home, ledger, recipe, str(Path(options.recipe).resolve()), tuple(options.overrides))
         return body(session, options)
+
+    return _told(name, run)
+
+
+def ask_nodes(name: str, stack: ExitStack) -> int:
+    """Join the cluster that a submitted job runs in, and ask its nodes; return the exit code, 0 where they are ready.
+
+    A job imports its libraries for longer than nodes take to answer, so this comes before.
+
+    Args:
+        name: of the job.
+        stack: keeps the cluster joined.
+    """
+
+    def ask() -> int:
+        home = Home.from_environment()
+        stack.enter_context(ray_cluster(home))
+        preflight(home, home.ledger_url)
+        return 0
+
+    return _told(name, ask)
+
+
+def _told(name: str, run: Callable[[], int]) -> int:
+    """Run something, and say an error without a trace; return the exit code."""
+    try:
+        return run()
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was acknowledged is kept", file=sys.stderr)  # noqa: T201
         return Interrupted.exit_code

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,7 @@ from app.errors import ModelError
 from app.generation import GenerationRequest, generate
 from app.ledger import ModelRow
 from app.models import Lineage, check_descent, device_of, ensure_sft, load_model, register_folder
+from app.storage import Home
 from app.training.scoring import own_attention
 
 
@@ -188,6 +190,22 @@ def test_an_architecture_without_stock_sdpa_is_brought_in_and_answers(home, ledg
     request = GenerationRequest((3, 4, 5), temperature=0.0, top_p=1.0, max_tokens=3)
     (answer,) = generate(loaded, [request])
     assert len(answer.token_ids) >= 1
+
+
+def test_a_model_of_an_object_store_is_loaded_like_one_of_a_folder(home, ledger, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    Path(tempfile.gettempdir()).mkdir()
+    far = Home.at("memory://models")
+    loaded = []
+    for place, name in ((home, "near"), (far, "far")):
+        folder = shutil.copytree(tiny_model, tmp_path / name)
+        row = register_folder(place, ledger, folder, name="same", lineage=Lineage("sft"))
+        loaded.append(load_model(place, row.model_id, dtype="float32"))
+    ours, theirs = loaded
+    assert ours.digest == theirs.digest
+    for name, weight in ours.model.state_dict().items():
+        assert torch.equal(theirs.model.state_dict()[name], weight), name
+    assert not list(tmp_path.glob("elsewhere/*/*/")), "a copy stayed"
 
 
 def heap_growth(**environment) -> float:

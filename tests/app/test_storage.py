@@ -4,13 +4,18 @@ import json
 import multiprocessing
 import os
 import stat
+import tempfile
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from app.errors import DataError
 from app.schemas import PAIR_SCHEMA, QUARANTINE_SCHEMA, SCHEMA_VERSION
@@ -230,6 +235,99 @@ def test_a_remote_home_keeps_artifacts_but_no_sqlite_ledger(monkeypatch):
         home.api_key()
     monkeypatch.setenv("PREFLOOP_LEDGER", "postgresql://server/base")
     assert home.ledger_url == "postgresql://server/base"
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+class Far(fsspec.AbstractFileSystem):
+    """A store that several processes reach: a folder, by another name."""
+
+    protocol = "far"
+    fetched: ClassVar = []  # by all threads of a process; each has an instance
+
+    def get_file(self, rpath, lpath, **_):
+        self.fetched.append(rpath)
+        super().get_file(rpath, lpath)
+
+    def info(self, path, **_):
+        return LocalFileSystem().info(path)
+
+    def _open(self, path, mode="rb", **_):
+        return Path(path).open(mode)
+
+
+def _read_copy(uri: str, place: str) -> int:
+    """Read an artifact of a store; return how many files this process fetched."""
+    fsspec.register_implementation("far", Far, clobber=True)
+    tempfile.tempdir = place
+    made = Artifact(uri)
+    with made.verified_copy(made.manifest()["files"]):
+        time.sleep(1)
+    return len(Far.fetched)
+
+
+def test_two_processes_fetch_each_file_once(tmp_path):
+    folder = tmp_path / "store" / "one"
+    folder.mkdir(parents=True)
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(str(number))
+    Artifact(str(folder)).write_manifest({})
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        counts = list(pool.map(_read_copy, [f"far://{folder}"] * 2, [str(tmp_path)] * 2))
+    assert sum(counts) == 20
+    assert not list(tmp_path.glob("prefloop-copies-*/*/"))
+
+
+def test_who_reads_an_artifact_of_a_store_at_the_same_time_shares_a_copy_that_goes_with_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = Home.at("memory://shared").artifact("pairs", "one")
+    made.write_rows(ROWS, QUARANTINE_SCHEMA, rows_per_file=4)
+    made.filesystem.pipe_file(f"{made.path}/more/words.txt", b"words")
+    files = made.write_manifest({})["files"]
+    [words] = [name for name in files if name.endswith("words.txt")]
+    first, *_ = files
+    left = tmp_path / f"prefloop-copies-{os.getuid()}" / "killed"
+    with made.verified_copy(files, [first]) as one:
+        assert everything(one) == [first]
+        # What a process leaves that was killed, and what another is reading.
+        left.mkdir()
+        left.with_suffix(".used").touch()
+        made.filesystem.rm_file(f"{made.path}/{first}")  # not asked for again
+        with made.verified_copy(files) as two:
+            assert one == two
+            assert everything(one) == sorted(files)
+            assert (two / words).read_bytes() == b"words"
+            assert not left.exists()
+        assert (one / first).is_file(), "the first still reads"
+    assert not one.exists()
+    with pytest.raises(DataError, match=f"lacks the file `{first}`"), made.verified_copy(files):
+        pass
+    assert not one.exists()
+
+
+def test_a_damaged_file_of_a_store_is_no_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = Home.at("memory://damaged").artifact("pairs", "one")
+    made.write_rows(ROWS, QUARANTINE_SCHEMA, rows_per_file=4)
+    files = made.write_manifest({})["files"]
+    first, *_ = files
+    made.filesystem.pipe_file(f"{made.path}/{first}", b"else")
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"{first}` differs from its manifest"), made.verified_copy(files):
+            pass
+
+
+def test_a_folder_of_copies_that_somebody_else_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = Home.at("memory://stranger").artifact("pairs", "one")
+    made.write_rows(ROWS, QUARANTINE_SCHEMA, rows_per_file=4)
+    files = made.write_manifest({})["files"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"prefloop-copies-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(DataError, match="belongs to somebody else"), made.verified_copy(files):
+        pass
 
 
 def _write_part(uri: str) -> int:

@@ -47,13 +47,14 @@ def deadly(
     """Score as `dpo` does; the first call arms the process."""
     if not _armed:
         _armed.append(point)
-        _arm(*POINTS[point], Path(marker))
+        *call, rank = POINTS[point]
+        if dist.get_rank() == rank:
+            arm(*call, Path(marker))
     return dpo(policy_logps, reference_logps, chosen, rejected, token_counts, mean_tokens)
 
 
-def _arm(place: Any, name: str, number: int, before: bool, rank: int, marker: Path) -> None:
-    if dist.get_rank() != rank:
-        return
+def arm(place: Any, name: str, number: int, before: bool, marker: Path) -> None:
+    """Have this process killed before or after a call of a function, unless the marker says that it was before."""
     counter, call = itertools.count(1), getattr(place, name)
 
     def kill() -> None:

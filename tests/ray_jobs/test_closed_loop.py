@@ -415,7 +415,7 @@ def drivers(cluster: Cluster) -> list[psutil.Process]:
     found = []
     for process in cluster.process.children(recursive=True):
         try:
-            if process.cmdline()[1:3] == ["-m", "ray_jobs.loop"]:
+            if process.cmdline()[1:4] == ["-m", "ray_jobs", "loop"]:
                 found.append(process)
         except psutil.NoSuchProcess:
             continue

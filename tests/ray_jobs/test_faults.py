@@ -1,8 +1,12 @@
 """Faults of a train job on a real cluster: what dies, stalls, fills up or is taken away, and how long that may take."""
 
+import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,16 +16,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import sqlalchemy as sa
 import torch
 
 from app.errors import OutOfMemory, PrefloopError
-from app.ledger import AuditRow, Ledger, RunStepRow
+from app.ledger import AuditRow, Ledger, ModelRow, RunRow, RunStepRow
 from app.schemas import Split
 from app.storage import Home
 from app.training.snapshots import Binding, read_groups, write_training_snapshot
 from ray_jobs.train import train
 from tests.ray_jobs.deadly import POINTS
+from tests.ray_jobs.deadly_driver import POINTS as DRIVER_POINTS
 from tests.ray_jobs.test_train import (  # noqa: F401  fixtures
     cluster,
     command,
@@ -175,6 +181,50 @@ def test_a_worker_killed_at_a_named_point_leaves_a_run_that_ends_with_the_bits_o
     claim(
         f"a worker killed {point}: the weights are those of an unbroken run, every row once",
         figure=f"{len(found)} steps",
+    )
+
+
+def test_a_driver_killed_at_any_point_of_its_end_is_started_again_and_registers_the_same_model_once(
+    short_run,
+    stage,  # noqa: F811
+    tmp_path,
+    claim,
+):
+    home, ledger, _, snapshot_id, sft = stage
+    # A seed of its own, or the model would have the name of one that is registered.
+    recipe = recipe_of(sft, seed=3)
+    job = {
+        "home": home.uri,
+        "address": ray.get_runtime_context().gcs_address,
+        "recipe": recipe.model_dump(mode="json"),
+        "snapshot_id": snapshot_id,
+        "run_id": "driver",
+    }
+    place = tmp_path / "job.json"
+    place.write_text(json.dumps(job))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(*point: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "tests.ray_jobs.deadly_driver", place, tmp_path / "-".join(("at", *point))]
+        return subprocess.run(
+            [*command, *point], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    for point in DRIVER_POINTS:
+        assert (told := start(point)).returncode == -signal.SIGKILL, (point, told.stderr[-3000:])
+    assert (told := start()).returncode == 0, told.stderr[-3000:]
+    expected = train(home, ledger, recipe, snapshot_id, run_id="driver-unbroken")
+    with ledger.read() as session:
+        run = session.get_one(RunRow, "driver")
+        made = session.scalars(sa.select(ModelRow).where(ModelRow.run_id.in_(["driver", "driver-unbroken"]))).all()
+    assert run.status == "succeeded"
+    assert [model.model_id for model in made] == [run.output_model_id] == [expected.model.model_id]
+    home.artifact("models", expected.model.model_id).verify()
+    steps = [[(s["step"], s["loss"], s["pairs"]) for s in steps_of(ledger, r)] for r in ("driver", "driver-unbroken")]
+    assert steps[0] == steps[1]
+    claim(
+        "a driver killed at a named point of its end, and started again: the model and the rows are those of an unbroken run",
+        figure=f"{len(DRIVER_POINTS)} of {len(DRIVER_POINTS)} points",
     )
 
 

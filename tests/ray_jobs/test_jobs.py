@@ -25,8 +25,8 @@ def test_a_job_is_a_module_with_its_recipe_and_its_overrides(project):
     for name in JOBS:
         request = JobRequest(name, "recipes/mine.yaml", ("train.epochs=2", "snapshot=it's mine")).checked()
         command = shlex.split(request.entrypoint())
-        wanted = ["python", "-m", f"ray_jobs.{name}", "recipes/mine.yaml"]
-        assert command[:8] == [*wanted, "--set", "train.epochs=2", "--set", "snapshot=it's mine"]
+        wanted = ["python", "-m", "ray_jobs", name, "recipes/mine.yaml"]
+        assert command[:9] == [*wanted, "--set", "train.epochs=2", "--set", "snapshot=it's mine"]
 
 
 def test_the_id_of_a_training_job_is_its_run_so_that_a_new_attempt_goes_on(project):

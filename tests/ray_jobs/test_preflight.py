@@ -85,14 +85,16 @@ def test_another_machine_wants_a_ledger_that_is_no_file_and_a_token(own, home):
 
 
 def test_a_home_that_does_not_answer_is_told_in_bounded_time(home, monkeypatch):
-    held = threading.Event()
+    held, look = threading.Event(), module._look
 
-    def slow(*arguments: str):
+    def slow(*arguments, **options):
         held.wait(30)
-        return ask_node(*arguments)
+        return look(*arguments, **options)
 
     monkeypatch.setattr(module, "OWN_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(module, "ask_node", slow)
+    monkeypatch.setattr(module, "STORE_S", 0.2)
+    monkeypatch.setattr(module, "_look", slow)
+    assert ask_node(home.uri, "nonce", "a node").fault == "it did not answer within 0 s"
     monkeypatch.setattr(module.ray, "nodes", list)
     with pytest.raises(ServiceError, match=r"did not answer within 0 s[\s\S]*is it reached from this machine"):
         preflight(home, SQLITE)
