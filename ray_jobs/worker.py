@@ -41,7 +41,7 @@ from app.training.loop import optimise
 from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
-from app.training.scoring import ScoringModel, generating, head_calls, own_attention
+from app.training.scoring import ScoringModel, generating, own_attention
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
     TrainFile,
@@ -323,7 +323,6 @@ class _Sliced(_Whole):
 
         self._zero = zero
         zero.join(device, count=workers.count)
-        self._calls = head_calls(task.section.micro_batch_tokens)
         self._dtype = DTYPES[_dtype(task.section)]
         self.merge = partial(zero.merge_in_slices, dtype=self._dtype)
         self._held: Any = None
@@ -336,7 +335,7 @@ class _Sliced(_Whole):
 
     def policy(self, start: LoadedModel, *, agreement: bool) -> ScoringModel:
         """Make the policy of it; raises ModelError where forwards would not be the same row of collectives on every worker."""
-        policy = build_policy(start, self.task.section, agreement=agreement, head_calls=self._calls)
+        policy = build_policy(start, self.task.section, agreement=agreement)
         self._require_packed(policy, start.model_id)
         return policy
 
@@ -363,7 +362,7 @@ class _Sliced(_Whole):
         on_cpu = "reference" in section.offload
         read = partial(self._zero.load_in_slices, on_cpu=on_cpu)
         loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read)
-        model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention, head_calls=self._calls)
+        model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention)
         self._require_packed(model, model_id)
         return self._zero.frozen_in_slices(model, on_cpu=on_cpu)
 

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def write_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
     """A two-layer random Llama in fp32 with a byte tokenizer: 258 tokens, 0 = <|im_start|>, 1 = <|im_end|>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
@@ -49,7 +49,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=2048,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,

@@ -23,16 +23,13 @@ from app.training.batch import PackedBatch
 from app.training.scoring import ScoringModel
 
 
-def build_policy(
-    start: LoadedModel, section: TrainSection, *, agreement: bool = False, head_calls: int = 0
-) -> ScoringModel:
+def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool = False) -> ScoringModel:
     """Make the trainable policy out of the start model; equal seeds give equal adapters on every worker.
 
     Args:
         start: the model that training begins with.
         section: adapters, checkpointing, seed.
         agreement: see `ScoringModel`.
-        head_calls: the same.
 
     Raises:
         ModelError: one of `lora.target_modules` names no layer that can take an adapter. Embeddings cannot: where input
@@ -43,7 +40,7 @@ def build_policy(
         model = start.model.requires_grad_(requires_grad=True)
         if section.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return ScoringModel(model, agreement=agreement, backend=section.attention, head_calls=head_calls)
+        return ScoringModel(model, agreement=agreement, backend=section.attention)
     config = LoraConfig(
         r=section.lora.r,
         lora_alpha=section.lora.alpha,  # type: ignore[arg-type]  # a float works, the annotation says int
@@ -77,7 +74,7 @@ def build_policy(
     if section.activation_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    return ScoringModel(adapted, agreement=agreement, backend=section.attention, head_calls=head_calls)
+    return ScoringModel(adapted, agreement=agreement, backend=section.attention)
 
 
 def trainable(policy: ScoringModel) -> dict[str, torch.nn.Parameter]:

@@ -52,8 +52,6 @@ class ScoringModel(nn.Module):
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
         backend: what computes the attention of packed rows.
-        head_calls: how often the head is called in each forward, whatever its rows: where its weight lies in slices a
-            call is a collective. 0: as often as its rows ask for.
     """
 
     def __init__(
@@ -62,11 +60,9 @@ class ScoringModel(nn.Module):
         *,
         agreement: bool = False,
         backend: Backend = "sdpa",
-        head_calls: int = 0,
     ) -> None:
         super().__init__()
         self.agreement = agreement
-        self.head_calls = head_calls
         self.backend = backend
         self.plain_because = unpackable(model)
         if self.plain_because is None:
@@ -78,24 +74,22 @@ class ScoringModel(nn.Module):
             model.set_attn_implementation(own_attention(model))
         model.config.use_cache = False
         self.model = model
+        self.head = _Head()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return what `head` computes with and does not own."""
+        causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return list(causal.get_output_embeddings().parameters())
 
     def forward(self, batch: PackedBatch) -> ResponseScores:
         """Return the scores of `batch`; every rank issues the same collectives for one call."""
         causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         decoder = causal.get_decoder()
         rows = _packed_rows(decoder, batch) if self.plain_because is None else _plain_rows(decoder, batch)
-        head = causal.get_output_embeddings()
         config = causal.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
-        parts = []
-        calls = self.head_calls or max(1, -(-len(rows) // _HEAD_CHUNK))
-        for part, targets in zip(rows.tensor_split(calls), batch.target_ids.tensor_split(calls), strict=True):
-            arguments = (head, part, targets, _logit_scale(config), cap, self.agreement)
-            if rows.requires_grad and calls > 1:
-                parts.append(checkpoint(_token_scores, *arguments, use_reentrant=False))
-            else:
-                parts.append(_token_scores(*arguments))
-        token_scores = torch.cat(parts, dim=1)
+        project = causal.get_output_embeddings().forward
+        token_scores = self.head(rows, batch.target_ids, project, _logit_scale(config), cap, self.agreement)
         summed = token_scores.new_zeros(len(token_scores), batch.num_responses)
         summed = summed.index_add(1, batch.response_of_target, token_scores)
         agreement = summed[1] / batch.token_counts if self.agreement else None
@@ -117,11 +111,6 @@ def generating(policy: ScoringModel) -> Iterator[PreTrainedModel]:
         causal.set_attn_implementation(attention_before)
         causal.config.use_cache = False
         policy.train(mode=training)
-
-
-def head_calls(token_budget: int) -> int:
-    """Return how often the head is called for a batch of this many tokens, see `ScoringModel`."""
-    return max(1, -(-token_budget // _HEAD_CHUNK))
 
 
 def with_reference_logps(
@@ -229,8 +218,35 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1))
 
 
+class _Head(nn.Module):
+    """Scores of all rows of a forward, a chunk at a time.
+
+    A module, so that a weight which lies in slices can be gathered once for all chunks (`zero.keep_head`) and ranks may
+    have different numbers of them. The model's head is called by its `forward` alone: hooks would gather it for each.
+    """
+
+    def forward(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        project: Callable[[Tensor], Tensor],
+        scale: float,
+        cap: float | None,
+        agreement: bool,  # noqa: FBT001
+    ) -> Tensor:
+        """Return [1, R], or [2, R] with the agreement."""
+        parts, chunks = [], max(1, -(-len(rows) // _HEAD_CHUNK))
+        for part, wanted in zip(rows.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+            arguments = (project, part, wanted, scale, cap, agreement)
+            if rows.requires_grad and chunks > 1:
+                parts.append(checkpoint(_token_scores, *arguments, use_reentrant=False))
+            else:
+                parts.append(_token_scores(*arguments))
+        return torch.cat(parts, dim=1)
+
+
 def _token_scores(
-    head: nn.Module,
+    project: Callable[[Tensor], Tensor],
     rows: Tensor,
     targets: Tensor,
     scale: float,
@@ -238,7 +254,7 @@ def _token_scores(
     agreement: bool,  # noqa: FBT001
 ) -> Tensor:
     """Return [1, R] log-probabilities of the targets, or [2, R] with how far they agree with the policy's own choice."""
-    logits: Tensor = head(rows)
+    logits = project(rows)
     if scale != 1:
         logits = logits * scale
     if cap is not None:

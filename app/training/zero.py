@@ -95,6 +95,7 @@ class Zero3:
         weight_decay: float = 0.0,
         offload: bool = False,
     ) -> None:
+        keep_head(policy)
         names = trainable(policy)
         optimizer = make_optimizer(
             list(names.values()), learning_rate, weight_decay=weight_decay, dimensions=lambda p: len(_shape(p))
@@ -200,12 +201,19 @@ class Zero3:
 
 def frozen_in_slices(model: ScoringModel, *, on_cpu: bool = False) -> ScoringModel:
     """Slice a model that never trains: no optimizer, no gradients; its slices may wait in the memory of the CPU."""
+    keep_head(model)
     model.requires_grad_(requires_grad=False).train(mode=False)
     settings = _config(max_grad_norm=0.0, parameters_on_cpu=on_cpu)
     if _slice(next(model.parameters())).dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
     return cast("ScoringModel", engine.module)
+
+
+def keep_head(model: ScoringModel) -> None:
+    """Have the head gathered once in a forward and once in a backward, however many chunks of rows it is called for."""
+    for parameter in model.head_parameters():
+        deepspeed.zero.register_external_parameter(model.head, parameter)
 
 
 def load_in_slices(

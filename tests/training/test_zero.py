@@ -26,7 +26,9 @@ def run(folder: Path, world: int, settings: dict) -> list[dict]:
     place = folder / f"settings-{world}.json"
     place.write_text(json.dumps({**settings, "port": port}))
     outs = [folder / f"out-{world}-{rank}.json" for rank in range(max(1, world))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Without programs: nothing may be compiled, by ninja or otherwise.
+    (nothing := folder / "no-programs").mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": str(nothing)}
     # Into files: a rank whose pipe is full would wait, and the others for it.
     logs = [out.with_suffix(".log") for out in outs]
     ranks = [
@@ -119,10 +121,10 @@ def test_ten_steps_of_sgd_are_those_of_one_process_on_one_two_and_four_workers(
     )
 
 
-def settings_of(home, ledger, tmp_path, section, **more):
+def settings_of(home, ledger, tmp_path, section, *, tied=True, **more):
     names = {
         name: register_folder(
-            home, ledger, write_tiny_model(tmp_path / name, seed=seed), name=name, lineage=Lineage("sft")
+            home, ledger, write_tiny_model(tmp_path / name, seed=seed, tied=tied), name=name, lineage=Lineage("sft")
         ).model_id
         for name, seed in (("start", 0), ("other", 1))
     }
@@ -161,7 +163,21 @@ def compare(home, ledger, tmp_path, world, section, **more):
 
 
 @pytest.mark.full
-def test_decay_recomputation_several_calls_of_the_head_and_a_row_that_is_not_finite_change_nothing_either(
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_head_in_chunks_is_gathered_as_often_as_one_in_one_piece(home, ledger, tmp_path, adapter, tied):
+    settings = settings_of(home, ledger, tmp_path, {"adapter": adapter, "reference": "sharded"}, tied=tied)
+    whole, chunks = (run(tmp_path, 2, {**settings, "head_chunk": rows}) for rows in (1000, 2))
+    one, other = (rank["chunks"] for rank in chunks)
+    assert one != other, "ranks have as many chunks by chance"
+    assert min(one, other) > 2 * max(rank["chunks"] for rank in whole)
+    assert [rank["collectives"] for rank in chunks] == [rank["collectives"] for rank in whole]
+    for ours, expected in zip(chunks, whole, strict=True):
+        assert [s[:2] for s in ours["steps"]] == [pytest.approx(s[:2], rel=2e-5) for s in expected["steps"]]
+
+
+@pytest.mark.full
+def test_decay_recomputation_a_head_in_chunks_and_a_row_that_is_not_finite_change_nothing_either(
     home, ledger, tmp_path
 ):
     """The third step has a row that is not finite: no update on any rank, and the moments are those of before."""
@@ -169,7 +185,7 @@ def test_decay_recomputation_several_calls_of_the_head_and_a_row_that_is_not_fin
     folder = tmp_path / "export"
     for place in ("ranks", "one"):
         (folder / place).mkdir(parents=True)
-    alone, _ = compare(home, ledger, tmp_path, 2, section, head_calls=3, broken=[13], export=str(folder))
+    alone, _ = compare(home, ledger, tmp_path, 2, section, head_chunk=5, broken=[13], export=str(folder))
     assert [step[4] for step in alone["steps"]] == [[], [], ["p13"], []]
     files = sorted(path.name for path in (folder / "ranks").glob("*.safetensors"))
     assert len(files) > 2

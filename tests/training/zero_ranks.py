@@ -19,7 +19,7 @@ from app.config import TrainSection
 from app.models import load_model
 from app.storage import Home
 from app.training import engine as engines
-from app.training import zero
+from app.training import scoring, zero
 from app.training.engine import Replicated, SingleWorker
 from app.training.held_out import measure_exported
 from app.training.loop import optimise
@@ -110,17 +110,23 @@ def main(rank: int, world: int, settings: dict) -> dict:
         zero.join(device, count=workers.count)
     read = zero.load_in_slices if sliced else None
     start = load_model(home, settings["model"], dtype="float32", read=read)
-    calls = settings.get("head_calls", 0) if sliced else 0
-    policy = build_policy(start, section, head_calls=calls)
+    if sliced:
+        scoring._HEAD_CHUNK = settings.get("head_chunk", scoring._HEAD_CHUNK)
+        told["chunks"], score = 0, scoring._token_scores
+
+        def counted(*arguments):
+            told["chunks"] += 1
+            return score(*arguments)
+
+        scoring._token_scores = counted
+    policy = build_policy(start, section)
     common = {"learning_rate": rate, "max_grad_norm": 1.0, "workers": workers, "weight_decay": section.weight_decay}
     offload = "optimizer" in section.offload
     engine = zero.Zero3(policy, **common, offload=offload) if sliced else Replicated(policy, **common)
     if section.reference == "sharded":
         read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if sliced else None
         loading = Loading()
-        other = ScoringModel(
-            load_model(home, settings["reference"], dtype="float32", read=read).model, head_calls=calls
-        )
+        other = ScoringModel(load_model(home, settings["reference"], dtype="float32", read=read).model)
         if sliced:
             other = zero.frozen_in_slices(other, on_cpu="reference" in section.offload)
         loaded = loading.end()
