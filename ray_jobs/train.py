@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import ray
 import ray.data
 import ray.exceptions
 import ray.train
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from sqlalchemy.exc import OperationalError
@@ -62,7 +62,6 @@ from app.training.snapshots import (
     TrainFile,
     check_binding,
     count_steps,
-    epoch_files,
     read_groups,
     train_files,
 )
@@ -71,13 +70,13 @@ from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.rendezvous import NodeTorchConfig
 from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
+from ray_jobs.stream import READ_CPUS, epoch_datasets, stream_config
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
     MOST_HELD_OUT,
     RESULT,
     TrainTask,
-    epoch_dataset,
     held_out_measures,
     reference_memory,
     said,
@@ -87,13 +86,6 @@ from ray_jobs.worker import (
 
 _FEWEST_STEPS = 32
 """Of a recipe that says neither epochs nor steps: fewer hardly move a model at rates that do not break it."""
-
-_READ_CPUS = 0.25
-"""Logical CPUs of a task that reads token ids: little work, and a whole one may not be free beside workers."""
-
-_READERS = 2
-"""Files that are read at once. One reader is faster than the rank that turns rows into groups; as many as there are CPUs,
-each with a file of token ids, filled an object store of 100 MB and were spilled to disk."""
 
 LEDGER_AWAY_S = 120.0
 """How long the ledger may be away while a run reports its steps."""
@@ -362,7 +354,7 @@ def usable_rows(recipe: Recipe, pairs: SnapshotRow) -> int:
 
 def require_train_room(recipe: Recipe) -> None:
     """Refuse a run that the cluster has no room for, before hours go into what comes before it; raises ServiceError."""
-    require_room(recipe.workers, recipe.workers.workers, reading=_READ_CPUS)
+    require_room(recipe.workers, recipe.workers.workers, reading=READ_CPUS)
 
 
 def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, *, console: Console | None) -> None:
@@ -385,33 +377,6 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
             if console is not None:
                 console.print(f"warning: {told}", highlight=False, markup=False)
             task = dataclasses.replace(task, section=task.section.model_copy(update={"micro_batch_tokens": tokens}))
-
-
-def epoch_datasets(home: Home, files: Sequence[TrainFile], *, seed: int, epochs: int) -> dict[str, Any]:
-    """Return what reads the rows of each epoch, in its order, by the names under which workers find it."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    # The newer reader packs row groups into bins as they fit, which loses the order of files, and starts 32 actors for
-    # the footers of one file.
-    context.use_datasource_v2 = False
-    filesystem, arrow = home.filesystem, arrow_filesystem(home.uri)
-    found: dict[str, Any] = {}
-    for epoch in range(epochs):
-        ordered = epoch_files(files, seed=seed, epoch=epoch)
-        paths = [filesystem.unstrip_protocol(file.path) if arrow is None else file.path for file in ordered]
-        # A path that is listed twice in one read vanishes, and a union of ordered data sets takes blocks in turn.
-        read = ray.data.read_parquet(
-            paths, filesystem=arrow, override_num_blocks=len(paths), num_cpus=_READ_CPUS, concurrency=_READERS
-        )
-        found[epoch_dataset(epoch)] = read
-    return found
-
-
-def stream_config() -> DataConfig:
-    """Return how workers are given them: whole and in order, since one rank reads for all."""
-    return DataConfig(datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True))
 
 
 def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:

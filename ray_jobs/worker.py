@@ -1,8 +1,8 @@
-"""What runs on each train worker: one stream of rows, the loop of `app.training`, checkpoints, the export.
+"""What runs on each train worker: the steps of `ray_jobs.stream`, the loop of `app.training`, checkpoints, the export.
 
-One Ray Data execution for each epoch feeds the job: a thread of rank 0 iterates it a few steps ahead, rank 0 broadcasts
-each step's groups, every rank takes its share, so storage is read once an epoch and world size changes nothing about
-which rows make a step. The function lives in a module of its own because a train function of `__main__` does not pickle.
+Rank 0 reads for all and broadcasts each step's groups, of which every rank takes its share, so storage is read once an
+epoch and world size changes nothing about which rows make a step. The function lives in a module of its own because a
+train function of `__main__` does not pickle.
 """
 
 import json
@@ -10,15 +10,12 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
-import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -33,7 +30,6 @@ from app.generation import GenerationRequest, context_window, generate
 from app.models import DTYPES, LoadedModel, device_of, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
-from app.training.batch import step_groups
 from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
@@ -42,27 +38,15 @@ from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, own_attention
-from app.training.snapshots import (
-    SHUFFLE_WINDOW,
-    TrainFile,
-    epoch_files,
-    epoch_stream,
-    groups_of_table,
-    read_groups,
-    rows_of_steps,
-)
+from app.training.snapshots import TrainFile, read_groups
 from app.training.tokenization import Group
+from ray_jobs.stream import read_ahead
 
 RESULT = "result.json"
 EXPORT = "export"
 MOST_HELD_OUT = 4096
 """Held-out rows that a run measures, the first in their shuffled order: so many tell an accuracy to 1.5 points, and every
 worker keeps them all."""
-_READ_BATCH = 256
-_AHEAD = 4
-"""Steps that are read before they are asked for; they hide where one epoch's execution ends and the next begins."""
-_STARVED_S = 480.0
-"""How long the next step may take to be read; less than workers wait for one another, so that the one that knows why says it."""
 _STEP_ZERO_GROUPS = 4
 _TOKEN_BYTES = 8
 _LOOK_S = 5.0
@@ -454,7 +438,12 @@ class SharedSteps:
     def __iter__(self) -> Iterator[Sequence[Group]]:
         """Yield the groups of the steps that are left."""
         task, first = self._task, self._workers.rank == 0
-        steps = _ahead(partial(_read_steps, task, skip=self._skip)) if first else iter(())
+        steps: Iterator[list[Group]] = iter(())
+        if first:
+            section = task.section
+            steps = read_ahead(
+                task.files, seed=section.seed, epochs=task.epochs, batch_pairs=section.batch_pairs, skip=self._skip
+            )
         for number in range(self._skip, task.total_steps):
             step = next(steps, None) if first else None
             if first and step is None:
@@ -473,92 +462,6 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
     """Return the nodes of this run's workers that are about to be taken away, as far as that was asked."""
     info = ray.train.get_preemption_info() if steps.look else None
     return set(info.preempted_node_ids) if info is not None else set()
-
-
-def _ahead(read: Callable[[], Iterator[list[Group]]]) -> Iterator[list[Group]]:
-    """Yield what a thread reads, a few steps ahead.
-
-    Raises:
-        DataError: nothing came for `_STARVED_S`. Ray Data waits without a word for CPUs that others have taken, and a worker
-            that is alone has nobody who would miss it in a collective.
-    """
-    steps: Queue[list[Group] | BaseException | None] = Queue(_AHEAD)
-
-    def run() -> None:
-        try:
-            for step in read():
-                steps.put(step)
-        except BaseException as error:  # noqa: BLE001  raised again below, where it is waited for
-            steps.put(error)
-        else:
-            steps.put(None)
-
-    # It dies with the process; a run that ends before its rows do leaves it waiting.
-    Thread(target=run, name="rows", daemon=True).start()
-    while True:
-        try:
-            step = steps.get(timeout=_STARVED_S)
-        except Empty:
-            msg = f"no row was read for {_STARVED_S:.0f} s\n\nHint: are the cluster's CPUs taken by other jobs, or does the storage not answer?"
-            raise DataError(msg) from None
-        if isinstance(step, BaseException):
-            raise step
-        if step is None:
-            return
-        yield step
-
-
-def _read_steps(task: TrainTask, *, skip: int) -> Iterator[list[Group]]:
-    """Read the groups of each step behind the first `skip`; what these took is passed over, epochs unread, rows undecoded."""
-    section = task.section
-    orders = [epoch_files(task.files, seed=section.seed, epoch=epoch) for epoch in range(task.epochs)]
-    length = sum(len(file.judgements) for file in task.files)
-    rows = rows_of_steps(
-        task.files,
-        seed=section.seed,
-        epochs=task.epochs,
-        window=SHUFFLE_WINDOW,
-        batch_pairs=section.batch_pairs,
-        steps=skip,
-    )
-    first, passed = divmod(rows, length)
-
-    def epochs() -> Iterator[Group]:
-        for epoch in range(first, task.epochs):
-            order, left_out = orders[epoch], passed if epoch == first else 0
-            indices = [file.first + i for file in order for i in range(len(file.judgements))]
-            groups = _in_order(_read_epoch(epoch), indices, skip=left_out // SHUFFLE_WINDOW * SHUFFLE_WINDOW)
-            yield from epoch_stream(
-                groups, order, seed=section.seed, epoch=epoch, window=SHUFFLE_WINDOW, passed=left_out
-            )
-
-    return step_groups(epochs(), section.batch_pairs)
-
-
-def epoch_dataset(epoch: int) -> str:
-    """Return the name under which the driver hands over the rows of an epoch."""
-    return f"epoch-{epoch}"
-
-
-def _read_epoch(epoch: int) -> Iterable[pa.Table]:
-    rows = ray.train.get_dataset_shard(epoch_dataset(epoch))
-    return cast(
-        "Iterable[pa.Table]", rows.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
-    )
-
-
-def _in_order(batches: Iterable[pa.Table], indices: Sequence[int], *, skip: int) -> Iterator[Group]:
-    """Yield the groups of a stream behind the first `skip`, and refuse one that is not in the order which was asked for."""
-    at = 0
-    for table in batches:
-        found = table["row_index"].to_pylist()
-        if found != indices[at : at + len(found)]:
-            wanted = [*indices[at : at + len(found)], None]
-            index, other = next((f, w) for f, w in zip(found, wanted, strict=False) if f != w)
-            msg = f"the stream delivered row {index} where row {other} was expected"
-            raise DataError(msg)
-        yield from groups_of_table(table.slice(max(skip - at, 0)))
-        at += len(found)
 
 
 def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:

@@ -26,7 +26,7 @@ from app.storage import Home
 from app.training.batch import cut_steps
 from app.training.checkpoints import RunIdentity
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, epoch_stream, train_files
-from ray_jobs.train import epoch_datasets, stream_config
+from ray_jobs.stream import epoch_datasets, stream_config
 from ray_jobs.worker import TrainTask
 from tests.ray_jobs.stream_reader import read_stream, step_line
 

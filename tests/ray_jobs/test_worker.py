@@ -14,7 +14,7 @@ from app.storage import read_parquet
 from app.training.checkpoints import RunIdentity
 from app.training.engine import SingleWorker
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, to_row, train_files
-from ray_jobs import worker
+from ray_jobs import stream
 from ray_jobs.worker import SharedSteps, TrainTask
 from tests.training.tiny_runs import make_groups
 
@@ -51,7 +51,7 @@ def read(task, monkeypatch) -> list[int]:
         for file in epoch_files(task.files, seed=0, epoch=epoch):
             yield from map(pa.Table.from_batches, zip(table_of(task, file).to_batches(max_chunksize=5), strict=True))
 
-    monkeypatch.setattr(worker, "_read_epoch", rows)
+    monkeypatch.setattr(stream, "_read_epoch", rows)
     return epochs
 
 
@@ -73,14 +73,14 @@ def test_a_run_that_goes_on_gets_the_steps_that_are_left_and_reads_no_epoch_befo
 
 
 def test_windows_that_are_done_are_not_decoded(task, read, monkeypatch):
-    monkeypatch.setattr(worker, "SHUFFLE_WINDOW", 8)
-    decode, rows = worker.groups_of_table, []
+    monkeypatch.setattr(stream, "SHUFFLE_WINDOW", 8)
+    decode, rows = stream.groups_of_table, []
 
     def counted(table: pa.Table):
         rows.append(table.num_rows)
         return decode(table)
 
-    monkeypatch.setattr(worker, "groups_of_table", counted)
+    monkeypatch.setattr(stream, "groups_of_table", counted)
     whole = steps_of(task, skip=0)
     rows.clear()
     done = next(n for n in range(len(whole)) if sum(map(len, whole[:n])) >= 20)
@@ -90,8 +90,8 @@ def test_windows_that_are_done_are_not_decoded(task, read, monkeypatch):
 
 def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
     held = threading.Event()
-    monkeypatch.setattr(worker, "_read_epoch", lambda epoch: iter(held.wait, True))
-    monkeypatch.setattr(worker, "_STARVED_S", 0.2)
+    monkeypatch.setattr(stream, "_read_epoch", lambda epoch: iter(held.wait, True))
+    monkeypatch.setattr(stream, "_STARVED_S", 0.2)
     with pytest.raises(DataError, match=r"no row was read for 0 s[\s\S]*taken by other jobs"):
         steps_of(task, skip=0)
     held.set()
@@ -104,6 +104,6 @@ def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(ta
 
 
 def test_a_stream_in_another_order_is_refused(task, monkeypatch):
-    monkeypatch.setattr(worker, "_read_epoch", lambda epoch: (table_of(task, file) for file in reversed(task.files)))
+    monkeypatch.setattr(stream, "_read_epoch", lambda epoch: (table_of(task, file) for file in reversed(task.files)))
     with pytest.raises(DataError, match=r"delivered row \d+ where row \d+ was expected"):
         steps_of(task, skip=0)
