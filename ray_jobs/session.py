@@ -96,10 +96,19 @@ def ask_nodes(name: str, stack: ExitStack) -> int:
     def ask() -> int:
         home = Home.from_environment()
         stack.enter_context(ray_cluster(home))
+        stack.callback(_leave_in_peace)
         preflight(home, home.ledger_url)
         return 0
 
-    return _told(name, ask)
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    for kind in handlers:
+        # A job that is stopped meanwhile takes back what it wrote into the home.
+        signal.signal(kind, _interrupt)
+    try:
+        return _told(name, ask)
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
 
 def _told(name: str, run: Callable[[], int]) -> int:
@@ -228,6 +237,12 @@ def _running_cluster(home: Home) -> str | None:
     if services is not None and ServeApi(services.ray_dashboard_url).reachable():
         return services.ray_address
     return None
+
+
+def _leave_in_peace() -> None:
+    """Let nothing interrupt what is left of a job, which has said how it ended: to leave the cluster."""
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import ray
-import ray.data
 import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback

@@ -66,6 +66,21 @@ def test_ctrl_c_while_a_job_still_imports_what_it_needs_is_one_message(home, job
     assert (process.returncode, told) == (130, "interrupted before anything was done\n")
 
 
+@pytest.mark.parametrize(("job", "asked"), [("train", True), ("evaluate", True), ("ship", False)])
+def test_a_submitted_job_asks_its_nodes_before_it_imports_what_it_needs(home, job, asked):
+    """By what it says of a cluster that is none."""
+    code = "import sys; from ray_jobs.__main__ import main; code = main(); print(code, 'ray_jobs.NAME' in sys.modules)"
+    submitted = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {"env_vars": {"A": "b"}}}'}
+    environment = {**os.environ, HOME_VARIABLE: home.uri, **submitted, "RAY_ADDRESS": "http://127.0.0.1:9"}
+    code = code.replace("NAME", job)
+    command = [sys.executable, "-c", code, job, "nowhere.yaml", *(["--model", "none"] if job == "ship" else [])]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert ("HOST:PORT" in ended.stderr) == asked, ended.stderr
+    assert ("nowhere.yaml" in ended.stderr) == (not asked), ended.stderr
+    assert ended.stdout == f"1 {not asked}\n"
+
+
 @pytest.mark.parametrize(
     ("free", "workers", "reading", "fits"),
     [
