@@ -55,7 +55,7 @@ REPORT_PAGE = "report.html"
 JUDGEMENTS = "judgements"
 """Of an evaluation: every comparison, as Parquet."""
 _CHUNK = 1 << 20
-_HASHED_AT_ONCE = 8
+_FILES_AT_ONCE = 8
 _USED = ".used"
 """Beside a copy: locked, shared, by each process that reads it; an empty file for each artifact, which stays."""
 _RAY_WORKING_DIRECTORY = "working_dir_files"
@@ -297,7 +297,7 @@ class Artifact:
         self, filesystem: fsspec.AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Compare files of a folder, this one or a copy, with what is expected of them; raises DataError as `_compare`."""
-        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             compared = [
                 pool.submit(self._compare, filesystem, f"{root}/{n}", n, expected) for n, expected in files.items()
             ]
@@ -356,7 +356,7 @@ class Artifact:
             fcntl.flock(used, fcntl.LOCK_SH)
             (folder / "files").mkdir(parents=True, exist_ok=True)
             try:
-                with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+                with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
                     fetched = [pool.submit(self._fetch, name, files[name], folder) for name in names]
                     try:
                         for each in fetched:
