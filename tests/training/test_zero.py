@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from app.models import Lineage, register_folder
 from tests.conftest import free_ports, write_tiny_model
+from tests.training.start_rank import RANKS, start_rank
 
-SCRIPT = Path(__file__).with_name("zero_ranks.py")
-ROOT = Path(__file__).parents[2]
 BUFFERS = 256
 """Bytes: frequencies of the rotary embedding, whole on every rank."""
 
@@ -23,29 +20,31 @@ BUFFERS = 256
 def run(folder: Path, world: int, settings: dict) -> list[dict]:
     """What every rank tells; a world of 0 is one process without DeepSpeed."""
     (port,) = free_ports(1)
-    place = folder / f"settings-{world}.json"
-    place.write_text(json.dumps({**settings, "port": port}))
-    outs = [folder / f"out-{world}-{rank}.json" for rank in range(max(1, world))]
     # Without programs: nothing may be compiled, by ninja or otherwise.
     (nothing := folder / "no-programs").mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": str(nothing)}
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([RANKS])
+    places = [folder / f"rank-{world}-{rank}" for rank in range(max(1, world))]
     # Into files: a rank whose pipe is full would wait, and the others for it.
-    logs = [out.with_suffix(".log") for out in outs]
+    outs, logs = ([place.with_suffix(suffix) for place in places] for suffix in (".json", ".log"))
     ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(world), place, out],
-            env=environment,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        server.Process(target=start_rank, args=(rank, world, {**settings, "port": port}, out, log))
         for rank, (out, log) in enumerate(zip(outs, logs, strict=True))
     ]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PATH", str(nothing))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        for process in ranks:
+            process.start()
     try:
-        codes = [process.wait(timeout=240) for process in ranks]
+        for process in ranks:
+            process.join(timeout=240)
     finally:
         for process in ranks:
             process.kill()
-    assert codes == [0] * len(ranks), "\n".join(log.read_text()[-3000:] for log in logs)
+    assert [process.exitcode for process in ranks] == [0] * len(ranks), "\n".join(
+        log.read_text()[-3000:] for log in logs
+    )
     return [json.loads(out.read_text()) for out in outs]
 
 

@@ -1,10 +1,8 @@
-"""One rank of a run in a process of its own: `python zero_ranks.py RANK WORLD SETTINGS.json OUT.json`."""
+"""What one rank of a run does; `start_rank` calls it in a process of its own."""
 
 import gc
-import json
 import math
 import os
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -179,9 +177,3 @@ def main(rank: int, world: int, settings: dict) -> dict:
         told["reference"] = {name: getattr(held, name) for name in ("peak", "slices", "total", "largest")}
         told["reference"]["loading"] = loaded
     return told
-
-
-if __name__ == "__main__":
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
-    found = main(rank, world, json.loads(Path(sys.argv[3]).read_text()))
-    Path(sys.argv[4]).write_text(json.dumps(found))
