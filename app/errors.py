@@ -60,3 +60,8 @@ class Interrupted(PrefloopError):  # noqa: N818
     """The user stopped the command."""
 
     exit_code = 130
+
+
+def said(error: BaseException, line: int) -> str:
+    """Return a line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line]

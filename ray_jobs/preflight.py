@@ -26,7 +26,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import app
-from app.errors import ServiceError
+from app.errors import ServiceError, said
 from app.storage import Home, write_atomically
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def preflight(home: Home, ledger_url: str) -> None:
             except GetTimeoutError:
                 silent.append(f"node {name} did not answer within {TIMEOUT_S:.0f} s")
             except RayError as error:
-                silent.append(f"node {name} cannot run prefloop: {_said(error)}")
+                silent.append(f"node {name} cannot run prefloop: {said(error, 0)}")
         written += [home.path(_FOLDER, report.wrote) for report in reports if report.wrote]
         unseen = [r.node for r in reports if r.wrote and not home.filesystem.exists(home.path(_FOLDER, r.wrote))]
         faults = [
@@ -139,7 +139,7 @@ def ask_node(home_uri: str, nonce: str, node: str) -> NodeReport:
         home = Home.at(home_uri)
         _ = home.filesystem  # its library is imported here, which takes as long as the machine wants
     except Exception as error:  # noqa: BLE001  object stores raise many kinds
-        return _report(node, _Look(fault=_said(error)))
+        return _report(node, _Look(fault=said(error, 0)))
     silent = _Look(fault=f"it did not answer within {STORE_S:.0f} s")
     return _report(node, _within(STORE_S, lambda: _look(home, nonce)) or silent)
 
@@ -156,7 +156,7 @@ def _look(home: Home, nonce: str, *, own: bool = False) -> _Look:
         if sees or own:
             key = hashlib.sha256(home.signing_key()).hexdigest()
     except Exception as error:  # noqa: BLE001  object stores raise many kinds
-        return _Look(sees, wrote, _said(error), key)
+        return _Look(sees, wrote, said(error, 0), key)
     return _Look(sees, wrote, "", key)
 
 
@@ -203,12 +203,8 @@ def _write(home: Home, path: str) -> str:
     try:
         write_atomically(home.filesystem, path, b"")
     except Exception as error:  # noqa: BLE001  object stores raise many kinds
-        return _said(error)
+        return said(error, 0)
     return ""
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _version(package: str) -> str:

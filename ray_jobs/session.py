@@ -29,6 +29,11 @@ from app.storage import HOME_VARIABLE, Home
 from ray_jobs.preflight import preflight
 
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+LOCAL_ENVIRONMENT = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+"""Of the workers of a local cluster, which has no dashboard: nothing listens there. Ray Train's `PlacementGroupCleaner`
+asks the dashboard whether its controller lives. Without an address it waits up to 40 s for one to appear, and every run
+ends 12 s later; or it finds another cluster of this machine, which does not know the controller, and takes the places of
+the run away (`is_actor_alive` in Ray 2.60). A local cluster ends with its driver and leaves nothing to clean."""
 _FREED_S = 5.0
 STALL_S = 60.0
 """A train worker that does not answer for so long is given up, and its run goes on from the newest checkpoint."""
@@ -152,6 +157,7 @@ def ray_cluster(home: Home) -> Any:
     if address is None:
         ensure_ray_token()
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
+        environment.update(LOCAL_ENVIRONMENT)
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:
         if ray_token() is not None and "RAY_AUTH_MODE" not in os.environ:

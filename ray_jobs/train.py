@@ -11,29 +11,20 @@ import argparse
 import dataclasses
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
-import ray.exceptions
-import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
-from sqlalchemy.exc import OperationalError
 
 from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
 from app.errors import (
     DataError,
-    LedgerError,
-    ModelError,
     OutOfMemory,
     PrefloopError,
-    RecipeError,
     ServiceError,
     TrainingError,
     WorkersLost,
@@ -67,6 +58,7 @@ from app.training.snapshots import (
 from ray_jobs.preflight import preflight
 from ray_jobs.prepare import named_model, prepare, print_summary
 from ray_jobs.progress import Meter
+from ray_jobs.recorder import REFUSALS, StepRecorder
 from ray_jobs.rendezvous import NodeTorchConfig
 from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
 from ray_jobs.stream import READ_CPUS, epoch_datasets, stream_config
@@ -78,7 +70,6 @@ from ray_jobs.worker import (
     TrainTask,
     held_out_measures,
     reference_memory,
-    said,
     summary,
     train_worker,
 )
@@ -86,15 +77,8 @@ from ray_jobs.worker import (
 _FEWEST_STEPS = 32
 """Of a recipe that says neither epochs nor steps: fewer hardly move a model at rates that do not break it."""
 
-LEDGER_AWAY_S = 120.0
-"""How long the ledger may be away while a run reports its steps."""
-_ASKED_AGAIN_S = 1.0
-
 _HALVINGS = 2
 """How often the token budget of a micro-batch is halved where memory does not hold it."""
-
-_REFUSALS = (TrainingError, ModelError, RecipeError)
-"""What a worker raises on purpose, and would raise again."""
 
 
 @dataclass(frozen=True)
@@ -111,65 +95,6 @@ class TrainResult:
     """Of what was held out, by the names of the ledger."""
     reference_memory: dict[str, int]
     """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
-
-
-class StepRecorder(UserCallback):
-    """Writes each step's metrics to the ledger; runs in the controller, on the driver's node."""
-
-    def __init__(self, ledger_url: str, run_id: str) -> None:
-        self.ledger_url = ledger_url
-        self.run_id = run_id
-        self._ledger: Ledger | None = None
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
-        """Store rank 0's metrics; a step that is done again after a restart replaces its old row."""
-        report = metrics[0]
-        if "step" not in report:
-            self._written(lambda ledger: ledger.audit("train", "note", self.run_id, report))
-            return
-
-        def merge(ledger: Ledger) -> None:
-            with ledger.write() as session:
-                row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
-                session.merge(row)
-
-        self._written(merge)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Note that workers failed, and end the attempt where another one like it would only fail again.
-
-        Ray Train raises what a callback raises to the driver, as the `controller_failure` of a `ControllerError`, and
-        retries none of it: a worker that refused its model or reference, or one whose memory was too small, which Ray
-        itself may have killed for it. A DataError may be a storage that was away for a moment, so it is tried again.
-        """
-        failed = {str(rank): said(error, -1)[:300] for rank, error in worker_exceptions.items()}
-        self._written(lambda ledger: ledger.audit("train", "workers_failed", self.run_id, failed))
-        for error in worker_exceptions.values():
-            if isinstance(error, _REFUSALS):
-                raise error
-            if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in str(error):
-                raise OutOfMemory(said(error, 0)) from error
-
-    def _written(self, write: Callable[[Ledger], object]) -> None:
-        """Write to the ledger, again and again while it is away; the workers wait with their next report as long.
-
-        Ray Train ends a run for what a callback raises, and a database may restart while a run of days goes on.
-        """
-        end = time.monotonic() + LEDGER_AWAY_S
-        while True:
-            try:
-                if self._ledger is None:
-                    self._ledger = Ledger.open(self.ledger_url)
-                write(self._ledger)
-            except (OperationalError, LedgerError):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(_ASKED_AGAIN_S)
-            else:
-                return
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"ledger_url": self.ledger_url, "run_id": self.run_id, "_ledger": None}
 
 
 def train(
@@ -253,7 +178,7 @@ def _train(
         return result
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
-        if isinstance(refusal, _REFUSALS):
+        if isinstance(refusal, REFUSALS):
             _record_end(ledger, run_id, status="failed", error=str(refusal))
             msg = f"run `{run_id}` was refused by a worker: {refusal}"
             raise type(refusal)(msg) from error
@@ -385,8 +310,8 @@ def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
     attempt = uuid.uuid4().hex[:8]
     arrow = arrow_filesystem(home.uri)
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
+        # Bound, not as `train_loop_config`: the controller would unpickle that, and import torch and transformers for it.
+        partial(train_worker, task),
         torch_config=NodeTorchConfig(
             backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),

@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from app.config import TrainSection
-from app.errors import DataError, ModelError, OutOfMemory
+from app.errors import DataError, ModelError, OutOfMemory, said
 from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
 from app.models import DTYPES, LoadedModel, device_of, load_model
@@ -139,24 +139,18 @@ class DistributedWorkers:
         return int(most)
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def train_worker(task: TrainTask) -> None:
     """Train one rank of a run, from the newest checkpoint if there is one, and export the result on rank 0.
 
     Raises:
         OutOfMemory: the machine or the GPU has not enough for a micro-batch.
     """
-    task: TrainTask = settings["task"]
     try:
         _train(task)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         raise OutOfMemory(said(error, 0)) from error
-
-
-def said(error: BaseException, line: int) -> str:
-    """Return a line of what an error says, or its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[line]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

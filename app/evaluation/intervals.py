@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, norm, t
+from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
 from app.errors import DataError
 
@@ -64,10 +64,10 @@ def mean_rate(values: Sequence[float], clusters: Sequence[str], *, resampling: R
     if array.min() == array.max():
         tail = (1 - resampling.level) / 2
         if mean == 1.0:
-            return Estimate(mean, float(beta.ppf(tail, count, 1)), 1.0, resampling.level, len(array), count, "exact")
+            return Estimate(mean, float(betaincinv(count, 1, tail)), 1.0, resampling.level, len(array), count, "exact")
         if mean == 0.0:
             return Estimate(
-                mean, 0.0, float(beta.ppf(1 - tail, 1, count)), resampling.level, len(array), count, "exact"
+                mean, 0.0, float(betaincinv(1, count, 1 - tail)), resampling.level, len(array), count, "exact"
             )
         return Estimate(mean, mean, mean, resampling.level, len(array), count, "constant")
     if count == 1:
@@ -120,9 +120,9 @@ def detectable(estimate: Estimate, *, power: float = 0.8) -> float:
     It is (z of the level + z of the power) standard errors, the standard error read off the interval; 0 where the
     interval is a point.
     """
-    z = float(norm.ppf((1 + estimate.level) / 2))
+    z = float(ndtri((1 + estimate.level) / 2))
     standard_error = (estimate.high - estimate.low) / (2 * z)
-    return (z + float(norm.ppf(power))) * standard_error
+    return (z + float(ndtri(power))) * standard_error
 
 
 def paired_p_value(differences: Sequence[float], clusters: Sequence[str], *, resampling: Resampling) -> float:
@@ -166,7 +166,7 @@ def expanded_tail(level: float, count: int) -> float:
     """
     if count < 2:
         return (1 - level) / 2
-    return float(norm.cdf(np.sqrt(count / (count - 1)) * t.ppf((1 - level) / 2, count - 1)))
+    return float(ndtr(np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - level) / 2)))
 
 
 def unit_draws(units: int, *, width: int, resampling: Resampling) -> Iterator[NDArray[np.float64]]:

@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from app.config import parse_recipe
@@ -27,15 +26,15 @@ from ray_jobs import answers as answers_module
 from ray_jobs.evaluate import evaluate, newest_trained
 from ray_jobs.worker import RESULT
 from tests.conftest import write_tiny_model
+from tests.ray_jobs.local_ray import local_ray
 
 MEASURES = [PairMeasure(f"p{i}", f"c{i // 2}", 1.0 if i % 10 else -1.0, 0.1, 5, 6) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import ray
 import sqlalchemy as sa
 import torch
 from transformers import LlamaForCausalLM
@@ -23,15 +22,15 @@ from ray_jobs.evaluate import evaluate
 from ray_jobs.ship import ship
 from tests.conftest import write_tiny_model
 from tests.evaluation.scripted_judge import scripted_judge
+from tests.ray_jobs.local_ray import local_ray
 
 STYLE = {"name": "s", "rules": [{"name": "a", "pattern": "[a-m]", "weight": 1}]}
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 def rows(path: Path, entries) -> str:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +11,7 @@ from app.ledger import Ledger
 from app.storage import Home
 from ray_jobs.train import train
 from tests.conftest import free_ports
+from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.test_train import a_worker_killed_after, make_stage, recipe_for, stage, steps_of  # noqa: F401
 
 pytestmark = pytest.mark.full
@@ -44,12 +44,10 @@ def far(bucket, tiny_model, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("far")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFLOOP_LEDGER", f"sqlite:///{scratch / 'ledger.db'}")
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # as every job sets it
         home = Home.at(bucket)
         made = make_stage(home, Ledger.open(home.ledger_url), tiny_model, scratch)
-        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-        yield made
-        ray.shutdown()
+        with local_ray(num_cpus=6):
+            yield made
         made[1].close()
 
 

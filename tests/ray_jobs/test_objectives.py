@@ -6,7 +6,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-import ray
 import sqlalchemy as sa
 from rich.console import Console
 
@@ -28,15 +27,15 @@ from app.training.snapshots import SHUFFLE_WINDOW, epoch_files, epoch_stream, re
 from ray_jobs.prepare import prepare
 from ray_jobs.train import train
 from ray_jobs.worker import held_out_measures
+from tests.ray_jobs.local_ray import local_ray
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="module")

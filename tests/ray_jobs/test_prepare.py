@@ -4,7 +4,6 @@ import io
 from datetime import UTC, datetime
 
 import pytest
-import ray
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,13 +16,13 @@ from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.training.snapshots import read_groups
 from ray_jobs.prepare import prepare
+from tests.ray_jobs.local_ray import local_ray
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 1024**2)
-    yield
-    ray.shutdown()
+    with local_ray(store_bytes=100 * 2**20):
+        yield
 
 
 def recipe_for(sft, **model):

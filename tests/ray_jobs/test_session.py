@@ -13,7 +13,7 @@ from app.config import WorkerSection
 from app.errors import ServiceError
 from app.storage import HOME_VARIABLE
 from ray_jobs import session
-from ray_jobs.session import ray_cluster, require_room
+from ray_jobs.session import LOCAL_ENVIRONMENT, ray_cluster, require_room
 
 JOB = """
 import time
@@ -109,3 +109,16 @@ def test_the_address_of_a_dashboard_is_refused_with_a_word_on_which_one_is_meant
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(ServiceError, match="`HOST:PORT` of its head"), ray_cluster(home):
         pass
+
+
+def test_a_local_cluster_asks_no_other_one_of_this_machine(home, monkeypatch):
+    asked = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray_jobs.session._running_cluster", lambda home: None)
+    monkeypatch.setattr("ray_jobs.session.ensure_ray_token", lambda: None)
+    monkeypatch.setattr("ray.init", lambda *place, **arguments: asked.append((place, arguments["runtime_env"])))
+    with ray_cluster(home):
+        pass
+    ((place, environment),) = asked
+    assert place == ("local",)
+    assert environment["env_vars"].items() >= LOCAL_ENVIRONMENT.items()

@@ -28,6 +28,7 @@ from app.training.checkpoints import RunIdentity
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, epoch_stream, train_files
 from ray_jobs.stream import epoch_datasets, stream_config
 from ray_jobs.worker import TrainTask
+from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.stream_reader import read_stream, step_line
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
@@ -84,11 +85,9 @@ def snapshot(tmp_path_factory) -> tuple[Home, int]:
 def counted(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("counts")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         environment.setenv(COUNTS_VARIABLE, str(folder))
-        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=STORE)
-        yield folder
-        ray.shutdown()
+        with local_ray(num_cpus=6, store_bytes=STORE):
+            yield folder
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from app.config import TrackSection, parse_recipe, usual_learning_rate
 from app.errors import DataError, LedgerError, ServiceError, TrainingError
-from app.ledger import Ledger, ModelRow, RunRow, RunStepRow, now
+from app.ledger import AuditRow, Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
 from app.storage import Home
@@ -37,17 +37,17 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, Preference
-from ray_jobs.train import StepRecorder, _cause, _warnings, train
+from ray_jobs.recorder import StepRecorder
+from ray_jobs.train import _cause, _warnings, train
+from tests.ray_jobs.local_ray import local_ray
+from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # as every job sets it
-        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
+    with local_ray(num_cpus=6):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,17 @@ def one_process(stage, recipe):
 def unbroken(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(sft).model_copy(update={"track": TrackSection(to=("tensorboard",))})
-    return train(home, ledger, recipe, snapshot_id, run_id="unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray_jobs.train.StepRecorder", TellingRecorder)
+        return train(home, ledger, recipe, snapshot_id, run_id="unbroken")
+
+
+def test_no_run_waits_until_the_controller_has_imported_model_code(unbroken, stage):
+    with stage[1].read() as session:
+        query = sa.select(AuditRow.detail).where(AuditRow.target == "unbroken", AuditRow.action == "imported")
+        found = session.scalars(query).all()
+    assert len(found) == unbroken.steps
+    assert all(modules == {"ray.train": True, "transformers": False} for modules in found)
 
 
 def test_two_workers_train_like_one_process(unbroken, stage):
@@ -217,6 +227,14 @@ def test_the_first_loss_is_ln_2_and_the_run_is_recorded(unbroken, stage):
     assert unbroken.learning.pairs == sum(1 + i % 2 for i in range(40, 48))
 
 
+def test_a_run_ends_when_its_workers_have(unbroken):
+    """Ray Train's controller gives up on its cleaner after 12 s where that one looks for a dashboard."""
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path(), "train")
+    logs = [path.read_text() for path in folder.glob("ray-train-sys-controller-*.log")]
+    assert any("PlacementGroupCleaner launched" in log for log in logs)
+    assert not any("Failed to stop PlacementGroupCleaner" in log for log in logs)
+
+
 def test_a_sink_is_told_every_step_and_what_was_held_out(unbroken, stage):
     told = events_of(stage[0].local("runs", "unbroken", "track"))
     steps = steps_of(stage[1], "unbroken")
@@ -250,7 +268,7 @@ def test_what_somebody_should_know_before_a_run_is_a_line_each(monkeypatch):
 
 
 def test_a_ledger_that_is_away_for_a_moment_loses_no_step(home, monkeypatch):
-    monkeypatch.setattr("ray_jobs.train._ASKED_AGAIN_S", 0.01)
+    monkeypatch.setattr("ray_jobs.recorder._ASKED_AGAIN_S", 0.01)
     ledger, opened, left = Ledger.open(home.ledger_url), Ledger.open, [2]
     run = {"kind": "train", "recipe": {}, "metrics": {}, "attempt": 1, "code_version": "", "status": "running"}
     with ledger.write() as session:
@@ -262,12 +280,12 @@ def test_a_ledger_that_is_away_for_a_moment_loses_no_step(home, monkeypatch):
             raise LedgerError("connection refused")
         return opened(url)
 
-    monkeypatch.setattr("ray_jobs.train.Ledger.open", away)
+    monkeypatch.setattr("ray_jobs.recorder.Ledger.open", away)
     recorder = StepRecorder(home.ledger_url, "run")
     recorder.after_report(None, [{"step": 1, "loss": 0.5}], None)
     recorder.after_report(None, [{"step": 2, "loss": 0.4}], None)
     assert [metrics["loss"] for metrics in steps_of(ledger, "run")] == [0.5, 0.4]
-    monkeypatch.setattr("ray_jobs.train.LEDGER_AWAY_S", 0.05)
+    monkeypatch.setattr("ray_jobs.recorder.LEDGER_AWAY_S", 0.05)
     left[0] = 1_000_000
     with pytest.raises(LedgerError, match="connection refused"):
         StepRecorder(home.ledger_url, "run").after_report(None, [{"step": 3, "loss": 0.3}], None)

@@ -1,7 +1,6 @@
 """One step of the actual train job, two workers, equals one step of TRL 1.16 on the same rows, for each shared objective."""
 
 import pytest
-import ray
 import sqlalchemy as sa
 import torch
 
@@ -16,6 +15,7 @@ from app.training.snapshots import read_groups
 from ray_jobs.prepare import prepare
 from ray_jobs.train import train
 from tests.bench.trl_steps import OBJECTIVES, trl_step
+from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.test_objectives import pair, prompt, recipe_for
 
 # TRL's ORPO counts the likelihood of the prompt too, which here has more than one token.
@@ -24,9 +24,8 @@ SHARED = [name for name in OBJECTIVES if name != "orpo"]
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150 * 1024**2)
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="module")
