@@ -115,7 +115,18 @@ _CLAIMS = pytest.StashKey[list[Claim]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reliability", metavar="FILE", help="write the claims that were shown into this document")
+    parser.addoption(
+        "--reliability",
+        metavar="FILE",
+        help="run the long tests and those that show a claim, and write the claims into this document",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--reliability"):
+        chosen = {item: "claim" in item.fixturenames or item.get_closest_marker("full") for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
+        items[:] = [item for item in items if chosen[item]]
 
 
 @pytest.fixture

@@ -139,3 +139,16 @@ def test_every_claim_names_a_test_that_exists():
     for claim in claims:
         file, _, function = claim.test.partition("::")
         assert f"def {function}(" in (ROOT / file).read_text(), claim.test
+
+
+def test_the_long_run_takes_what_the_short_one_leaves_and_every_test_of_a_claim(tmp_path):
+    found = {}
+    for options in (["-m", "not full"], [f"--reliability={tmp_path / 'claims.md'}"]):
+        places = ["tests/ray_jobs/test_preflight.py", "tests/training/test_zero.py"]
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *options, *places]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        found[options[0]] = {line for line in told.splitlines() if "::" in line}
+    short, long = found.values()
+    shown_by_both = "tests/training/test_zero.py::test_ranks_take_the_steps_of_one_process[full-sharded-2]"
+    assert short & long == {shown_by_both}
+    assert min(len(short), len(long)) > 10
