@@ -15,8 +15,10 @@ and training waits again only where the next checkpoint is due before the thread
 carries the attempt's name: what an attempt that was given up still writes is no part of another's checkpoint.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -45,6 +47,7 @@ STALL_S: Final = 480.0
 """How long a checkpoint may take to be written beside training before the run is given up; less than workers wait for one
 another, so that the one that knows why says it."""
 _STATE = "state"
+_log = logging.getLogger(__name__)
 _KEPT = 2
 _PURPOSE: Final = b"prefloop checkpoint/1\n"
 _POLL_S = 0.1
@@ -89,6 +92,8 @@ class Checkpoints:
         self._attempt = workers.gather([uuid.uuid4().hex[:8]] if workers.rank == 0 else [])[0]
         self._writing: _Writing | None = None
         self._passed: set[str] = set()
+        self.left: set[str] = set()
+        """Names of those that are no longer kept, and that storage did not let go."""
         # A digest, or run `a` would remove what run `a-b` writes.
         self._scratch = f"prefloop-checkpoint-{hashlib.sha256(identity.run_id.encode()).hexdigest()[:16]}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
@@ -199,8 +204,17 @@ class Checkpoints:
                 scores[name] = manifest["score"]
         scored = {name: score for name, score in scores.items() if score is not None}
         best = [max(scored, key=scored.__getitem__)] if scored else []
-        for name in scores.keys() - {artifact.name, *sorted(scores)[-_KEPT:], *best}:
-            self._home.filesystem.rm(self._home.artifact(self._kind, name).path, recursive=True)
+        for name in sorted(scores.keys() - {artifact.name, *sorted(scores)[-_KEPT:], *best}):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        place = self._home.artifact(self._kind, name)
+        try:
+            self._home.filesystem.rm(place.path, recursive=True)
+        except Exception as error:  # noqa: BLE001  stores raise many kinds, and what matters is written
+            if name not in self.left:
+                _log.warning("checkpoint `%s` is no longer kept and cannot be removed: %s", place.uri, error)
+            self.left.add(name)
 
     def receipt(self, files: dict[str, Any]) -> bytes:
         """Return a signed note of what a rank wrote."""
@@ -234,24 +248,22 @@ class Checkpoints:
                 filesystem.rm(path, recursive=True)
 
     def _save_here(self, artifact: Artifact, name: str, tensors: dict[str, Tensor]) -> Path:
-        """Write tensors to this machine's disk, where the home is one right into the checkpoint; return the place.
+        """Write tensors to a temporary folder of this machine, for the thread to bring to the home; return the place.
+
+        A home that is a folder may still be a slow file system of the network, which training must not wait for.
 
         Raises:
             DataError: the disk is full, or refuses.
         """
-        folder = Path(artifact.path) if self._home.is_local else Path(tempfile.mkdtemp(prefix=self._scratch))
-        path = folder / name
+        folder: Path | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path)
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            folder = Path(tempfile.mkdtemp(prefix=self._scratch))
+            save_file(tensors, folder / name)
         except (OSError, SafetensorError) as error:
-            path.unlink(missing_ok=True)
-            if not self._home.is_local:
-                folder.rmdir()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             raise _unwritten(artifact, error) from None
-        return path
+        return folder / name
 
 
 class _Writing:
@@ -284,12 +296,11 @@ class _Writing:
 
     def _write(self) -> None:
         filesystem, root = self.artifact.filesystem, self.artifact.path
-        digest = file_digest(LocalFileSystem(), str(self._local))
-        if str(self._local) != f"{root}/{self._name}":
-            try:
-                filesystem.put_file(str(self._local), f"{root}/{self._name}")
-            finally:
-                shutil.rmtree(self._local.parent, ignore_errors=True)
+        try:
+            digest = file_digest(LocalFileSystem(), str(self._local))
+            _bring(self._local, filesystem, f"{root}/{self._name}")
+        finally:
+            shutil.rmtree(self._local.parent, ignore_errors=True)
         if not self._first:
             receipt = self._checkpoints.receipt({self._name: digest})
             write_atomically(filesystem, f"{root}/{_receipt_name(self._name)}", receipt)
@@ -309,6 +320,23 @@ class _Writing:
                     msg = f"checkpoint `{self.artifact.uri}` shows nothing of `{path.rsplit('/', 1)[-1]}` after {STALL_S:.0f} s\n\nHint: is it a place that all nodes see?"
                     raise DataError(msg) from None
                 time.sleep(_POLL_S)
+
+
+def _bring(local: Path, filesystem: AbstractFileSystem, target: str) -> None:
+    """Bring a file to the home, so that a machine that loses its power has it or says that it has not."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.put_file(str(local), target)
+        return
+    place = Path(target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        local.replace(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(local, place)
+    with place.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _receipt_name(name: str) -> str:

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import save, save_file
 
 from app.errors import DataError, TrainingError
@@ -409,6 +411,51 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_waits_for_the_one_be
     assert [name[:13] for name in names(home)] == ["step-00000001", "step-00000002"]
 
 
+def test_training_waits_for_no_home_that_is_slow(start, home, monkeypatch):
+    """A folder may be a file system of the network."""
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+    reached, bring = threading.Event(), checkpoints._bring
+
+    def slow(*arguments):
+        assert reached.wait(30)
+        bring(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_bring", slow)
+    before = set(home.local().rglob("*"))
+    kept.save(engine, step=1)
+    assert set(home.local().rglob("*")) == before, "the thread of training touches it"
+    reached.set()
+    kept.finish()
+    assert kept.load_newest(engine).step == 1
+
+
+def test_a_home_on_another_disk_gets_a_copy_of_the_same_bytes(tmp_path, monkeypatch):
+    def elsewhere(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    (tmp_path / "state").write_bytes(b"all of it")
+    monkeypatch.setattr(Path, "replace", elsewhere)
+    checkpoints._bring(tmp_path / "state", LocalFileSystem(), str(tmp_path / "home" / "step" / "state"))
+    assert (tmp_path / "home" / "step" / "state").read_bytes() == b"all of it"
+
+
+def test_storage_that_lets_nothing_go_ends_no_run(start, home, monkeypatch, caplog):
+    engine = engine_of(build_policy(start(), SECTION), SECTION)
+    kept = Checkpoints(home, IDENTITY, SingleWorker())
+
+    def locked(*arguments, **options):
+        raise PermissionError(errno.EPERM, "object lock")
+
+    monkeypatch.setattr(LocalFileSystem, "rm", locked)
+    for step in range(1, 6):
+        kept.save(engine, step=step)
+    kept.finish()
+    assert [int(name.split("-")[1]) for name in names(home)] == [1, 2, 3, 4, 5]
+    assert len(kept.left) == 3
+    assert caplog.text.count("cannot be removed: [Errno 1] object lock") == 3, "each is told once"
+
+
 def test_a_checkpoint_that_is_never_done_ends_the_run_in_bounded_time(start, home, monkeypatch):
     engine = engine_of(build_policy(start(), SECTION), SECTION)
     kept = Checkpoints(home, IDENTITY, SingleWorker())
@@ -436,6 +483,7 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(start, home, monke
     monkeypatch.undo()
     assert kept.load_newest(engine).step == 1
     assert not list(home.local("runs").rglob("step-00000002*/state*"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"{kept._scratch}*"))
 
 
 def test_a_storage_that_fails_while_training_goes_on_is_told_at_the_next_checkpoint(start, home, monkeypatch):
