@@ -43,7 +43,6 @@ from app.evaluation.rules import load_style
 from app.ledger import TAKEN_OVER_S, EvaluationRow, Ledger, RunRow, now
 from app.models import code_version, ensure_sft
 from app.preferences.snapshots import resolve_snapshot
-from app.schemas import content_hash
 from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
@@ -63,22 +62,31 @@ _CROSSING_STREAMS = 2
 class LoopRun:
     """One round of the loop: its row in the ledger, with what each finished stage made."""
 
-    def __init__(self, ledger: Ledger, run_id: str) -> None:
+    def __init__(self, ledger: Ledger, run_id: str, abandons: str = "") -> None:
         self.ledger = ledger
         self.run_id = run_id
+        self.abandons = abandons
+        """Which interrupted round of another recipe it takes the place of, and why; empty where there is none."""
 
     @classmethod
     def open(cls, ledger: Ledger, recipe: Recipe) -> "LoopRun":
-        """Continue the newest round of this recipe if it was interrupted, else begin a new one."""
+        """Continue the newest round of this recipe if it was interrupted, else begin a new one.
+
+        Other machines, or other ways to use them, make no other recipe: a round whose cluster shrank goes on.
+        """
         tree = recipe.model_dump(mode="json")
         with ledger.write() as session:
             rows = session.scalars(sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.created_at.desc()))
-            last = next((row for row in rows if row.recipe["name"] == recipe.name), None)
+            last, abandons = next((row for row in rows if row.recipe["name"] == recipe.name), None), ""
             if last is not None and last.status in ("running", "stopped"):
-                if content_hash(last.recipe) == content_hash(tree):
-                    last.status, last.attempt, last.updated_at, last.error = "running", last.attempt + 1, now(), None
+                differing = _differing(last.recipe, tree)
+                if not differing:
+                    last.recipe, last.attempt = tree, last.attempt + 1
+                    last.status, last.updated_at, last.error = "running", now(), None
                     return cls(ledger, last.run_id)
                 last.status, last.updated_at = "abandoned", now()
+                last.error = f"the recipe has another {', '.join(differing)} now"
+                abandons = f"round {last.run_id} is abandoned, with what it trained: {last.error}"
             run_id = f"{recipe.name}-loop-{uuid.uuid4().hex[:8]}"
             row = RunRow(
                 run_id=run_id,
@@ -92,7 +100,7 @@ class LoopRun:
                 updated_at=now(),
             )
             session.add(row)
-        return cls(ledger, run_id)
+        return cls(ledger, run_id, abandons)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -138,6 +146,24 @@ class LoopRun:
             row.updated_at = now()
 
 
+_ANYWHERE = ("workers.", "track.", "train.sharding", "train.offload")
+"""What of a recipe may change while a round goes on: where and in how many parts it runs."""
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the settings, such as `train.seed`, in which a recipe is another one."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    names = sorted(n for n in flat_old.keys() | flat_new.keys() if flat_old.get(n) != flat_new.get(n))
+    return [name for name in names if not name.startswith(_ANYWHERE)]
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+    return found
+
+
 def run_loop(session: Session, console: Console) -> int:
     """Run one round and return the exit code."""
     name = session.recipe.name
@@ -153,6 +179,8 @@ def _run_round(session: Session, console: Console) -> int:
     _read_inputs(recipe)
     run = LoopRun.open(ledger, recipe)
     console.print(f"round [bold]{run.run_id}[/bold], home {session.home.uri}", highlight=False)
+    if run.abandons:
+        console.print(f"warning: {run.abandons}", highlight=False, markup=False)
     try:
         verdict = _stages(session, run, console)
     except KeyboardInterrupt:

@@ -59,8 +59,20 @@ def test_another_recipe_abandons_an_interrupted_round(ledger):
     other = LoopRun.open(ledger, recipe(train={"options": {"beta": 0.2}}))
     assert other.run_id != run.run_id
     assert status_of(ledger, run) == "abandoned"
+    assert other.abandons.startswith(f"round {run.run_id} is abandoned")
+    assert "another train.options" in other.abandons
     with ledger.read() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(RunRow)) == 2
+
+
+def test_an_interrupted_round_goes_on_with_other_workers(ledger):
+    run = LoopRun.open(ledger, recipe(workers={"workers": 2}))
+    run.end("stopped", error="machines were lost")
+    other = {"workers": {"workers": 1, "max_failures": 9}, "train": {"sharding": "zero3"}}
+    again = LoopRun.open(ledger, recipe(**other))
+    assert (again.run_id, again.abandons) == (run.run_id, "")
+    with ledger.read() as session:
+        assert session.get_one(RunRow, run.run_id).recipe == recipe(**other).model_dump(mode="json")
 
 
 @pytest.fixture
