@@ -10,8 +10,11 @@ baselines, with intervals by prompt cluster.
 import argparse
 import dataclasses
 import sys
+import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +38,7 @@ from app.models import (
     Lineage,
     code_version,
     computes_bfloat16,
+    load_architecture,
     load_tokenizer,
     model_width,
     register_folder,
@@ -47,6 +51,7 @@ from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import balanced, distinct
 from app.training.objectives import load_objective
+from app.training.scoring import unpackable
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
     TrainFile,
@@ -70,6 +75,7 @@ from ray_jobs.worker import (
     TrainTask,
     held_out_measures,
     reference_memory,
+    require_packable,
     summary,
     train_worker,
 )
@@ -79,6 +85,8 @@ _FEWEST_STEPS = 32
 
 _HALVINGS = 2
 """How often the token budget of a micro-batch is halved where memory does not hold it."""
+_HALVED = "micro_batch_tokens"
+"""Of the metrics of a run: what memory held, for the attempts that follow."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,9 @@ def _train(
         learning_rate=section.learning_rate or usual,
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
-    _record_start(ledger, recipe, task, reference)
+    known = _record_start(ledger, recipe, task, reference)
+    if (tokens := known.get(_HALVED)) is not None:
+        task = dataclasses.replace(task, section=section.model_copy(update={"micro_batch_tokens": tokens}))
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
     try:
@@ -255,6 +265,9 @@ def _check_snapshot(
         reference_digest=reference.digest if precomputed else None,
         dtype=recipe.train.dtype,
     )
+    if recipe.train.sharding == "zero3":
+        for model_id in {start.model_id, reference.model_id}:
+            require_packable(unpackable(load_architecture(home, model_id).model), model_id)
     counts: dict[str, float] = manifest["splits"]["train"]
     require_pairs(recipe, int(counts.get("judged", counts["pairs"])))
     return counts
@@ -298,6 +311,7 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
             tokens = task.section.micro_batch_tokens // 2
             told = f"a worker's memory did not hold {task.section.micro_batch_tokens} tokens: going on with micro-batches of {tokens} ({refusal})"
             ledger.audit("train", "note", task.identity.run_id, {"note": told})
+            _record_known(ledger, task.identity.run_id, {_HALVED: tokens})
             if console is not None:
                 console.print(f"warning: {told}", highlight=False, markup=False)
             task = dataclasses.replace(task, section=task.section.model_copy(update={"micro_batch_tokens": tokens}))
@@ -378,7 +392,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     if memory:
         metrics["reference_memory"] = memory
     export = home.artifact(f"runs/{run_id}", EXPORT)
-    with export.local_copy() as folder:
+    with _room_for_the_model(home), export.local_copy() as folder:
         lineage = Lineage(
             kind="merged" if recipe.train.adapter == "lora" else "full",
             parent_id=task.start_model_id,
@@ -393,6 +407,16 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory)
 
 
+@contextmanager
+def _room_for_the_model(home: Home) -> Iterator[None]:
+    """Say what is missing where this machine or the home has no room for the model that leaves a run."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"the trained model cannot be registered: {error}\n\nHint: make room in `{home.uri}` and in {tempfile.gettempdir()} of this machine; the same run id goes on where it was."
+        raise DataError(msg) from error
+
+
 def _judge(measures: Measures, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:
     """Say whether the run learned, by the measure of its objective; None where too little was held out."""
     pairs, answers = measures.pairs, measures.answers
@@ -403,7 +427,8 @@ def _judge(measures: Measures, *, seed: int, sources: dict[str, str]) -> Learnin
     return judge_learning(pairs, level=0.95, seed=seed, sources=sources) if pairs else None
 
 
-def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> None:
+def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> dict[str, Any]:
+    """Note that a run begins or goes on; return what attempts before this one found out."""
     identity = task.identity
     with ledger.write() as session:
         row = session.get(RunRow, identity.run_id)
@@ -430,6 +455,13 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
             msg = f"run `{identity.run_id}` exists with another snapshot, reference or recipe\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)
         row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
+        return dict(row.metrics)
+
+
+def _record_known(ledger: Ledger, run_id: str, found: dict[str, Any]) -> None:
+    with ledger.write() as session:
+        row = session.get_one(RunRow, run_id)
+        row.metrics = {**row.metrics, **found}
 
 
 def _record_end(

@@ -216,6 +216,8 @@ def _train(task: TrainTask) -> None:
             metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
         checkpoints.require_no_failure()
+        if checkpoints.left:
+            metrics["checkpoints_left"] = len(checkpoints.left)
         going = _nodes_going(steps) - warned
         warned |= going
         if report.step % section.checkpoint_every == 0 or last or going:
@@ -235,6 +237,16 @@ def _train(task: TrainTask) -> None:
         measures = with_start(measures, measure(untrained, held_out, **common))
     # The first rank writes the model alone; Ray Train waits for it, so the others need not, in a collective with a time limit.
     _export(task, sharding, exported, start.tokenizer, measures, workers, memory=sharding.memory())
+
+
+def require_packable(reason: str | None, model_id: str) -> None:
+    """Refuse slices of a model whose answers are rows of their own, for the `reason`; raises ModelError.
+
+    Forwards would not be the same row of collectives on every worker.
+    """
+    if reason is not None:
+        msg = f"`{model_id}` cannot be sharded: {reason}, so a forward is as many as a batch has answers\n\nHint: set train.sharding to `none`."
+        raise ModelError(msg)
 
 
 class _Whole:
@@ -314,13 +326,8 @@ class _Sliced(_Whole):
     def policy(self, start: LoadedModel, *, agreement: bool) -> ScoringModel:
         """Make the policy of it; raises ModelError where forwards would not be the same row of collectives on every worker."""
         policy = build_policy(start, self.task.section, agreement=agreement)
-        self._require_packed(policy, start.model_id)
+        require_packable(policy.plain_because, start.model_id)
         return policy
-
-    def _require_packed(self, model: ScoringModel, model_id: str) -> None:
-        if model.plain_because is not None:
-            msg = f"`{model_id}` cannot be sharded: {model.plain_because}, so a forward is as many as a batch has answers\n\nHint: set train.sharding to `none`."
-            raise ModelError(msg)
 
     def engine(self, policy: ScoringModel) -> Engine:
         """Return what trains it."""
@@ -341,7 +348,7 @@ class _Sliced(_Whole):
         read = partial(self._zero.load_in_slices, on_cpu=on_cpu)
         loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read)
         model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention)
-        self._require_packed(model, model_id)
+        require_packable(model.plain_because, model_id)
         return self._zero.frozen_in_slices(model, on_cpu=on_cpu)
 
     def watch(self, reference: ScoringModel) -> None:
