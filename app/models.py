@@ -220,6 +220,7 @@ def load_model(
     dtype: str,
     device: torch.device | None = None,
     read: Callable[[Path, torch.dtype], PreTrainedModel] | None = None,
+    wanted: Callable[[str], bool] = lambda _: True,
 ) -> LoadedModel:
     """Verify an artifact and load it for evaluation (`eval` mode, no gradients).
 
@@ -229,6 +230,7 @@ def load_model(
         dtype: `float32` or `bfloat16`.
         device: where it is put; the CPU where nothing is said.
         read: what brings the weights of the checked folder into memory, where they do not lie as a whole.
+        wanted: says by its name whether this process reads a file; others are neither brought here nor compared.
 
     Raises:
         DataError: the artifact is missing or differs from its manifest.
@@ -238,8 +240,9 @@ def load_model(
     bound_shape_caches()
     artifact = home.artifact("models", model_id)
     manifest = artifact.manifest()
-    with artifact.verified_copy(manifest["files"]) as folder:
-        check_folder(folder, place=artifact.uri)
+    names = list(filter(wanted, manifest["files"]))
+    with artifact.verified_copy(manifest["files"], names) as folder:
+        (check_folder if len(names) == len(manifest["files"]) else _check_settings)(folder, place=artifact.uri)
         if read is None:
             model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)
         else:
@@ -275,8 +278,12 @@ def load_architecture(home: Home, model_id: str) -> LoadedModel:
 def _without_weights(home: Home, model_id: str) -> tuple[dict[str, Any], AbstractContextManager[Path]]:
     artifact = home.artifact("models", model_id)
     manifest = artifact.manifest()
-    wanted = [name for name in manifest["files"] if not name.endswith(".safetensors")]
-    return manifest, artifact.verified_copy(manifest["files"], wanted)
+    return manifest, artifact.verified_copy(manifest["files"], filter(is_no_weights, manifest["files"]))
+
+
+def is_no_weights(name: str) -> bool:
+    """Say whether a file of an artifact is something else than weights, by its name."""
+    return not name.endswith(".safetensors")
 
 
 def _loaded(
@@ -371,6 +378,10 @@ def check_folder(folder: Path, *, place: str) -> None:
         ModelError: names the file or key and the remedy.
     """
     _check_weights(folder, place=place)
+    _check_settings(folder, place=place)
+
+
+def _check_settings(folder: Path, *, place: str) -> None:
     for path in _files(folder):
         if path.suffix not in _ALLOWED_SUFFIXES:
             msg = f"model folder `{place}` holds `{path.name}`, which is not allowed in a model artifact (allowed: {', '.join(sorted(_ALLOWED_SUFFIXES))})"

@@ -1,7 +1,7 @@
 """What a run's workers report, written to the ledger; it runs in Ray Train's controller.
 
 The controller unpickles this before it starts any worker, so this module imports no model code: with it every run began
-later by what torch and transformers take to import.
+later by what transformers and ours take to import. (torch is imported there for Ray's own `TorchConfig`.)
 """
 
 import time

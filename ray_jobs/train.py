@@ -324,7 +324,7 @@ def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
     attempt = uuid.uuid4().hex[:8]
     arrow = arrow_filesystem(home.uri)
     trainer = TorchTrainer(
-        # Bound, not as `train_loop_config`: the controller would unpickle that, and import torch and transformers for it.
+        # Bound, not as `train_loop_config`: the controller would unpickle that, and import transformers for it.
         partial(train_worker, task),
         torch_config=NodeTorchConfig(
             backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S

@@ -27,7 +27,7 @@ from app.config import TrainSection
 from app.errors import DataError, ModelError, OutOfMemory, said
 from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
-from app.models import DTYPES, LoadedModel, device_of, load_model
+from app.models import DTYPES, LoadedModel, device_of, is_no_weights, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Home, write_atomically
 from app.training.checkpoints import Checkpoints, RunIdentity
@@ -317,11 +317,15 @@ class _Sliced(_Whole):
         self.merge = partial(zero.merge_in_slices, dtype=self._dtype)
         self._held: Any = None
 
+    def _wanted(self, name: str) -> bool:
+        """Only the first worker reads weights."""
+        return self.workers.rank == 0 or is_no_weights(name)
+
     def load(self, model_id: str, dtype: str) -> LoadedModel:
         """Load a model that is to be trained, slice by slice."""
         # DeepSpeed wants one type for all that it trains; autocast computes in the recipe's all the same.
         read = partial(self._zero.load_in_slices, rounded=DTYPES[dtype])
-        return load_model(self.task.home(), model_id, dtype="float32", read=read)
+        return load_model(self.task.home(), model_id, dtype="float32", read=read, wanted=self._wanted)
 
     def policy(self, start: LoadedModel, *, agreement: bool) -> ScoringModel:
         """Make the policy of it; raises ModelError where forwards would not be the same row of collectives on every worker."""
@@ -346,7 +350,7 @@ class _Sliced(_Whole):
         section = self.task.section
         on_cpu = "reference" in section.offload
         read = partial(self._zero.load_in_slices, on_cpu=on_cpu)
-        loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read)
+        loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read, wanted=self._wanted)
         model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention)
         require_packable(model.plain_because, model_id)
         return self._zero.frozen_in_slices(model, on_cpu=on_cpu)

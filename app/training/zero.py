@@ -11,7 +11,7 @@ would ask for ninja and a compiler at start (`deepspeed/comm/torch.py`), and tor
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -221,12 +221,12 @@ def load_in_slices(
 ) -> PreTrainedModel:
     """Load the weights of a model folder so that no worker ever holds more than its slices and one tensor beside them.
 
-    Only the first worker reads weights, out of files that are mapped into its memory (safetensors copies nothing); what it
-    read is divided before the next one is. Where values are rounded, the first worker has them once more in that type.
-    Buffers are whole on every worker.
+    Only the first worker reads weights, and needs their files, which are mapped into its memory (safetensors copies
+    nothing); what it read is divided before the next one is. Where values are rounded, the first worker has them once more
+    in that type. Buffers are whole on every worker.
 
     Args:
-        folder: safetensors and config.
+        folder: config, and on the first worker safetensors.
         dtype: of the slices.
         on_cpu: the slices wait in the memory of the CPU.
         rounded: a type that values are rounded to, though they lie in `dtype`.
@@ -245,33 +245,44 @@ def load_in_slices(
     model.tie_weights()
     parameters, kept = dict(model.named_parameters()), model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
-    aliases = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name in files}
-    own = {id(parameter): name for name, parameter in parameters.items()}
-    missing = sorted((parameters.keys() | buffers.keys()) - files.keys())
-    strangers = sorted(files.keys() - kept.keys())
-    untied = [n for n, p in aliases.items() if own[id(p)] != n and not _equal(files, n, own[id(p)])]
-    if missing or strangers or untied:
-        what = (
-            f"lacks the tensor `{missing[0]}`"
-            if missing
-            else f"holds `{strangers[0]}`, which the model does not know"
-            if strangers
-            else f"holds another `{untied[0]}` than the tensor it is tied to"
-        )
-        msg = f"model folder `{folder}` {what}, so it cannot be loaded slice by slice\n\nHint: set train.sharding to `none`."
-        raise ModelError(msg)
     first = deepspeed.comm.get_rank() == 0
-    for name, parameter in parameters.items():
-        with gathered([parameter], changed=True), safe_open(files[name], framework="pt") as file:
-            if first:
-                parameter.data.copy_(file.get_tensor(name) if rounded is None else file.get_tensor(name).to(rounded))
-    for name, buffer in buffers.items():
+    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)} if first else {}
+    # The others would wait for the first worker in the collectives that follow.
+    told = [_unlike(model, files, {*parameters, *buffers}, kept.keys()) if first else ""]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[0]:
+        msg = f"model folder `{folder}` {told[0]}, so it cannot be loaded slice by slice\n\nHint: set train.sharding to `none`."
+        raise ModelError(msg)
+
+    def stored(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as file:
-            buffer.copy_(file.get_tensor(name))
+            found: Tensor = file.get_tensor(name)
+            return found
+
+    for name, parameter in parameters.items():
+        with gathered([parameter], changed=True):
+            if first:
+                parameter.data.copy_(stored(name) if rounded is None else stored(name).to(rounded))
+    for name, buffer in buffers.items():
+        if first:
+            buffer.copy_(stored(name))
+        torch.distributed.broadcast(buffer, src=0)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _unlike(model: nn.Module, files: Mapping[str, Path], wanted: Set[str], known: Set[str]) -> str:
+    """Return in what the files differ from the tensors of a model; empty where they hold exactly those."""
+    if missing := sorted(wanted - files.keys()):
+        return f"lacks the tensor `{missing[0]}`"
+    if strangers := sorted(files.keys() - known):
+        return f"holds `{strangers[0]}`, which the model does not know"
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in files and own[id(parameter)] != name and not _equal(files, name, own[id(parameter)]):
+            return f"holds another `{name}` than the tensor it is tied to"
+    return ""
 
 
 def _equal(files: Mapping[str, Path], one: str, other: str) -> bool:

@@ -22,5 +22,7 @@ def local_ray(*, num_cpus: int = 4, store_bytes: int = 150 * 2**20) -> Iterator[
             object_store_memory=store_bytes,
             runtime_env={"env_vars": LOCAL_ENVIRONMENT},
         )
-        yield
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()

@@ -3,6 +3,8 @@
 import json
 import math
 import multiprocessing
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -31,17 +33,21 @@ def run(folder: Path, world: int, settings: dict) -> list[dict]:
         server.Process(target=start_rank, args=(rank, world, {**settings, "port": port}, out, log))
         for rank, (out, log) in enumerate(zip(outs, logs, strict=True))
     ]
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PATH", str(nothing))
-        environment.setenv("OMP_NUM_THREADS", "1")
-        for process in ranks:
-            process.start()
+    end = time.monotonic() + 240
     try:
+        with pytest.MonkeyPatch.context() as environment:
+            # Of the fork server too, which begins with the first of them.
+            environment.setenv("PATH", str(nothing))
+            environment.setenv("OMP_NUM_THREADS", "1")
+            for process in ranks:
+                process.start()
         for process in ranks:
-            process.join(timeout=240)
+            process.join(timeout=max(0.0, end - time.monotonic()))
     finally:
         for process in ranks:
-            process.kill()
+            if process.is_alive():
+                process.kill()
+                process.join()
     assert [process.exitcode for process in ranks] == [0] * len(ranks), "\n".join(
         log.read_text()[-3000:] for log in logs
     )
@@ -127,8 +133,11 @@ def settings_of(home, ledger, tmp_path, section, *, tied=True, **more):
         ).model_id
         for name, seed in (("start", 0), ("other", 1))
     }
+    # Of the ranks behind the first: they read none.
+    bare = shutil.copytree(home.local(), tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     return {
         "home": home.uri,
+        "without_weights": str(bare),
         "model": names["start"],
         "reference": names["other"],
         "section": {"dtype": "float32", "micro_batch_tokens": 40, "sharding": "zero3", **section},

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from app.config import TrainSection
-from app.models import load_model
+from app.models import is_no_weights, load_model
 from app.storage import Home
 from app.training import engine as engines
 from app.training import scoring, zero
@@ -95,8 +95,9 @@ def main(rank: int, world: int, settings: dict) -> dict:
         engines.make_optimizer = zero.make_optimizer = sgd
     device = torch.device("cpu")
     section = TrainSection.model_validate(settings["section"])
-    home, told = Home.at(settings["home"]), {}
+    told = {}
     sliced = bool(world) and section.sharding == "zero3"
+    home = Home.at(settings["without_weights"] if sliced and rank else settings["home"])
     if world:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
@@ -107,7 +108,8 @@ def main(rank: int, world: int, settings: dict) -> dict:
     if sliced:
         zero.join(device, count=workers.count)
     read = zero.load_in_slices if sliced else None
-    start = load_model(home, settings["model"], dtype="float32", read=read)
+    wanted = is_no_weights if sliced and rank else lambda _: True
+    start = load_model(home, settings["model"], dtype="float32", read=read, wanted=wanted)
     if sliced:
         scoring._HEAD_CHUNK = settings.get("head_chunk", scoring._HEAD_CHUNK)
         told["chunks"], score = 0, scoring._token_scores
@@ -124,7 +126,7 @@ def main(rank: int, world: int, settings: dict) -> dict:
     if section.reference == "sharded":
         read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if sliced else None
         loading = Loading()
-        other = ScoringModel(load_model(home, settings["reference"], dtype="float32", read=read).model)
+        other = ScoringModel(load_model(home, settings["reference"], dtype="float32", read=read, wanted=wanted).model)
         if sliced:
             other = zero.frozen_in_slices(other, on_cpu="reference" in section.offload)
         loaded = loading.end()
