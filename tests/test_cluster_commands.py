@@ -31,7 +31,7 @@ from app.storage import Home
 from tests.conftest import free_ports
 from tests.machines import HOST, NETWORK, Machine, machine, network
 from tests.postgres import postgresql
-from tests.ray_jobs.test_closed_loop import write_recipe, write_sft
+from tests.ray_jobs.test_closed_loop import WORDS, prompts, write_recipe, write_sft
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3000)]
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,7 @@ SETUP_S, START_S, JOB_S = 900, 120, 600
 REFUSED_S = 30
 SILENT_S = 40
 """Half a minute by deploy/start-node.sh, and what the driver needs to be told; by Ray's own settings it would be over 60."""
+END = "-- end of a command --"
 EASY = {f"evaluate.gate.rules.{rule}": "null" for rule in ("win_rate_champion", "win_rate_sft", "judged_prompts")}
 """After the first round nothing is left to win from the champion."""
 STEPS = 40
@@ -268,22 +269,29 @@ def test_the_commands_for_one_node_end_with_a_finished_run(root, project, homes,
     [*before, start], use = blocks("docs/cluster.md", "One node")
     for command in before:
         bash(command, home, cwd=home / "prefloop")
-    (project / "recipes" / "mine.yaml").write_text((project / "recipe.yaml").read_text())
-    environment = BARE | {"HOME": str(home), "PATH": f"{home / 'prefloop' / '.venv' / 'bin'}:{BARE['PATH']}"}
-    commands, log, told = ["cd ~/prefloop", start], root / "alone.log", []
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    del recipe["collect"]
+    checkout = shutil.copytree(project, home / "prefloop", dirs_exist_ok=True)
+    (checkout / "recipes" / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    words = [(prompt, WORDS[number % len(WORDS)]) for number, prompt in enumerate(prompts(64, "mine"))]
+    rows = ({"prompt": prompt, "chosen": f"{word}!", "rejected": f"{word}."} for prompt, word in words)
+    (checkout / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    environment = BARE | {"HOME": str(home)}
+    commands, log = ["cd ~/prefloop", start], root / "alone.log"
     hidden = [project, root / "one", root / "two"]
     with machine("alone", home, commands, log, hidden=hidden, environment=BARE) as alone:
         wait_for("the head does not answer", lambda: "started" in log.read_text(), log)
-        assert use[0].startswith("prefloop jobs submit loop recipes/mine.yaml --id round-1 --follow")
-        for command in use:
-            done = subprocess.run(
-                alone.command("bash", "-c", command),
-                env=environment, cwd=project, capture_output=True, text=True, timeout=JOB_S, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}{done.stderr[-2000:]}"
-            told.append(done.stdout)
-    assert "SUCCEEDED" in told[1]
-    assert "SHIP" in told[2]
+        # In one shell, as somebody types them; a line says where the output of each ends.
+        typed = "\n".join(f"{command}\necho {END}" for command in use)
+        done = subprocess.run(
+            alone.command("bash", "-e", "-c", typed),
+            env=environment, cwd=checkout, capture_output=True, text=True, timeout=JOB_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+        told = done.stdout.split(END)
+    [submitted] = [number for number, command in enumerate(use) if " submit loop " in command]
+    assert "SUCCEEDED" in told[submitted + 1]
+    assert "SHIP" in told[submitted + 2]
     claim(
         "the commands of docs/cluster.md for one node, on a bare machine, end with a round that ships",
         figure=f"{len(before) + 1 + len(use)} commands",

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_every_default_of_rays_that_is_unsafe_or_moves_is_replaced():
         assert node["IamInstanceProfile"], f"{name}: Ray gives its own profile to the head alone"
         assert "InstanceMarketOptions" not in node, f"{name} is no spot instance unless its owner wants one"
         assert node["MetadataOptions"] == {"HttpTokens": "required"}, name
+        assert node["SubnetIds"], f"{name}: Ray would take any subnet of the VPC, public ones too"
         assert kind["labels"]["role"] == name
     assert CLUSTER["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
@@ -99,6 +101,26 @@ def test_a_manifest_is_of_the_version_that_is_locked_and_lets_nobody_in(path):
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert container["envFrom"] == [{"secretRef": {"name": "prefloop-env"}}]
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+
+
+def test_the_job_of_a_manifest_is_one_command_that_runs_on_the_cluster():
+    [path] = [path for path in MANIFESTS if path.name == "rayjob.yaml"]
+    entrypoint = yaml.safe_load(path.read_text())["spec"]["entrypoint"]
+    assert not set("&|;<>$`\n") & set(entrypoint), "KubeRay's submitter would run the rest"
+    command = shlex.split(entrypoint)
+    at = command.index("loop")
+    assert command[at - 3 : at] == ["python", "-m", "ray_jobs"]
+    # The same program as here takes such options, and the folder is the image's.
+    assert (command[0], command[1]) == ("env", "--chdir=prefloop")
+    assert "WORKDIR /home/ray/prefloop" in (ROOT / "deploy" / "Containerfile").read_text()
+    assert (
+        "error" not in subprocess.run(["env", "--chdir=/", "true"], capture_output=True, text=True, check=True).stderr
+    )
+
+
+@pytest.mark.parametrize("ignored", [".rayignore", ".gitignore"])
+def test_files_with_secrets_are_neither_kept_nor_sent(ignored):
+    assert "*.env" in (ROOT / ignored).read_text().splitlines()
 
 
 def test_the_manifest_of_the_service_is_one_that_serve_and_the_application_take():
