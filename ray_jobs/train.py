@@ -49,7 +49,7 @@ from app.schemas import Split, content_hash
 from app.storage import Artifact, Home, arrow_filesystem
 from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
-from app.training.judgements import balanced, distinct
+from app.training.judgements import Unit, balanced, distinct
 from app.training.objectives import load_objective
 from app.training.scoring import unpackable
 from app.training.snapshots import (
@@ -377,7 +377,10 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         raise WorkersLost(msg)
     snapshot = home.artifact("training", task.identity.snapshot_id)
     learning = _judge(
-        measures, seed=recipe.train.seed, sources=distinct(read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT))
+        measures,
+        load_objective(recipe.train.objective, recipe.train.options).unit,
+        seed=recipe.train.seed,
+        sources=distinct(read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT)),
     )
     counts = snapshot.manifest()["counts"]
     metrics = {
@@ -417,10 +420,10 @@ def _room_for_the_model(home: Home) -> Iterator[None]:
         raise DataError(msg) from error
 
 
-def _judge(measures: Measures, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:
+def _judge(measures: Measures, unit: Unit, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:
     """Say whether the run learned, by the measure of its objective; None where too little was held out."""
     pairs, answers = measures.pairs, measures.answers
-    if answers and not pairs and answers[0].start_logp is not None:
+    if unit == "good":
         return judge_likelihood(answers, level=0.95, seed=seed)
     if answers and len({pair.cluster for pair in pairs}) < FEW_CLUSTERS:
         return judge_answers(answers, level=0.95, seed=seed)

@@ -29,7 +29,7 @@ from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
 from app.models import DTYPES, LoadedModel, device_of, is_no_weights, load_model
 from app.schemas import FinishReason, Split
-from app.storage import Home, write_atomically
+from app.storage import Artifact, Home, write_atomically
 from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
@@ -43,6 +43,8 @@ from app.training.tokenization import Group
 from ray_jobs.stream import read_ahead
 
 RESULT = "result.json"
+BEFORE = "before.json"
+"""What a model gave for the held-out rows before the first step, in the folder of its run."""
 EXPORT = "export"
 MOST_HELD_OUT = 4096
 """Held-out rows that a run measures, the first in their shuffled order: so many tell an accuracy to 1.5 points, and every
@@ -191,6 +193,9 @@ def _train(task: TrainTask) -> None:
         ray.train.report(metrics)
 
     common = _Common(objective=objective, reference=reference, section=section, workers=workers)
+    from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
+    # Where it is not the reference, what training adds is counted from the model that it begins with.
+    before = None if from_zero else _before(task, sharding, policy, held_out, common, done_steps=resumed.step)
     unheard = deque(resumed.reports, maxlen=_UNHEARD)
     steps = SharedSteps(task, workers, skip=resumed.step)
     warned: set[str] = set()
@@ -231,10 +236,8 @@ def _train(task: TrainTask) -> None:
     checkpoints.finish()
 
     exported, measures = measure_exported(policy, held_out, merge=sharding.merge, **common)
-    from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
-    if objective.unit == "good" or (objective.unit == "pairs" and not from_zero):
-        untrained = sharding.frozen(task.start_model_id, _dtype(section), agreement=policy.agreement)
-        measures = with_start(measures, measure(untrained, held_out, **common))
+    if before is not None:
+        measures = with_start(measures, before)
     # The first rank writes the model alone; Ray Train waits for it, so the others need not, in a collective with a time limit.
     _export(task, sharding, exported, start.tokenizer, measures, workers, memory=sharding.memory())
 
@@ -463,6 +466,32 @@ class SharedSteps:
             yield shared.groups
 
 
+def _before(
+    task: TrainTask,
+    sharding: "_Whole",
+    policy: ScoringModel,
+    held_out: Sequence[Group],
+    common: _Common,
+    *,
+    done_steps: int,
+) -> Measures:
+    """Return what the model that training begins with gives for what is held out; measured before the first step, and kept.
+
+    Then the policy is that model: another one beside weights, gradients and moments would be memory that training never took.
+    """
+    run, workers = task.home().artifact("runs", task.identity.run_id), common["workers"]
+    if done_steps:
+        known = workers.gather([_stored(run, BEFORE)] if workers.rank == 0 else [])[0]
+        if known is not None:
+            return known
+        # A run from before these were kept.
+        policy = sharding.frozen(task.start_model_id, _dtype(task.section), agreement=policy.agreement)
+    measures = measure(policy, held_out, **common)
+    if workers.rank == 0:
+        write_atomically(run.filesystem, f"{run.path}/{BEFORE}", json.dumps(_plain(measures)).encode())
+    return measures
+
+
 def _nodes_going(steps: SharedSteps) -> set[str]:
     """Return the nodes of this run's workers that are about to be taken away, as far as that was asked."""
     info = ray.train.get_preemption_info() if steps.look else None
@@ -506,11 +535,7 @@ def _export(
             if path.is_file():
                 filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
     artifact.write_manifest({"run_id": task.identity.run_id})
-    result = {
-        "pairs": [asdict(m) for m in measures.pairs],
-        "answers": [asdict(m) for m in measures.answers],
-        "reference_memory": memory,
-    }
+    result = {**_plain(measures), "reference_memory": memory}
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
@@ -521,16 +546,23 @@ def held_out_measures(home: Home, run_id: str) -> Measures | None:
     Raises:
         DataError: the file is damaged.
     """
-    run = home.artifact("runs", run_id)
+    return _stored(home.artifact("runs", run_id), RESULT)
+
+
+def _plain(measures: Measures) -> dict[str, Any]:
+    return {"pairs": [asdict(m) for m in measures.pairs], "answers": [asdict(m) for m in measures.answers]}
+
+
+def _stored(run: Artifact, name: str) -> Measures | None:
     try:
-        result = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
+        result = json.loads(run.filesystem.cat_file(f"{run.path}/{name}"))
         # `measures` is what runs of pairs wrote before there were others.
         pairs, answers = result.get("pairs", result.get("measures")), result.get("answers", [])
         return Measures([PairMeasure(**row) for row in pairs], [AnswerMeasure(**row) for row in answers])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        msg = f"`{run.path}/{RESULT}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which the gate's rule `reward_accuracy` holds."
+        msg = f"`{run.path}/{name}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which the gate's rule `reward_accuracy` holds."
         raise DataError(msg) from None
 
 

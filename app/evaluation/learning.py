@@ -74,8 +74,8 @@ class JudgedAnswer(Protocol):
         """Whether it was liked."""
 
     @property
-    def reward(self) -> float:
-        """Implicit reward."""
+    def gain(self) -> float:
+        """Implicit reward, less the same before training."""
 
     @property
     def tokens(self) -> int:
@@ -258,7 +258,7 @@ def _longest(measures: Sequence[Measured]) -> NDArray[np.float64]:
 
 
 def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -> Learning | None:
-    """Compare rewards of liked and of disliked answers with chance and with their lengths.
+    """Compare what training added to rewards of liked and of disliked answers with chance and with their lengths.
 
     None where one of the two kinds is missing or fewer than ten prompt clusters are there: resamples of a handful say
     nothing.
@@ -266,10 +266,10 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
     good = np.array([a.desirable for a in answers], dtype=bool)
     if good.all() or not good.any() or len({a.cluster for a in answers}) < FEW_CLUSTERS:
         return None
-    rewards, tokens = np.array([a.reward for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
+    gains, tokens = np.array([a.gain for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
     index = {name: i for i, name in enumerate(dict.fromkeys(a.cluster for a in answers))}
     owner = np.array([index[a.cluster] for a in answers])
-    wins = 0.5 * (1 + np.sign(rewards[good][:, None] - rewards[~good][None, :]))
+    wins = 0.5 * (1 + np.sign(gains[good][:, None] - gains[~good][None, :]))
     generator = np.random.default_rng(seed)
     resampled = []
     for draw in generator.multinomial(len(index), np.full(len(index), 1 / len(index)), size=Resampling().samples):
@@ -289,7 +289,7 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
         pairs=int(wins.size),
         clusters=len(index),
         level=level,
-        metric="a held-out liked answer has the higher reward than a disliked one",
+        metric="a held-out liked answer gained more reward than a disliked one",
     )
 
 

@@ -56,7 +56,14 @@ class AnswerMeasure:
     tokens: int
     loss: float
     start_logp: float | None = None
-    """Of the model that training began with, where nothing but likelihood is learned."""
+    """Of the model that training began with, where that is not the reference."""
+    before_reward: float = 0.0
+    """Reward of that model; 0 where it is the reference, and the reward what the policy added."""
+
+    @property
+    def gain(self) -> float:
+        """What training added to the reward."""
+        return self.reward - self.before_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,8 @@ def with_start(measures: Measures, before: Measures) -> Measures:
         for after, start in zip(measures.pairs, before.pairs, strict=True)
     ]
     answers = [
-        replace(after, start_logp=start.logp) for after, start in zip(measures.answers, before.answers, strict=True)
+        replace(after, start_logp=start.logp, before_reward=start.reward)
+        for after, start in zip(measures.answers, before.answers, strict=True)
     ]
     return Measures(pairs, answers)
 

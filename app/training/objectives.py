@@ -92,8 +92,21 @@ class Objective:
         return "reference_logps" in self.needs
 
     def __call__(self, scored: Scored) -> Losses:
-        """Return the losses; what the objective needs must be there."""
-        return self.function(**{name: getattr(scored, name) for name in self.needs}, **self.options)
+        """Return the losses; what the objective needs must be there.
+
+        Raises:
+            RecipeError: it returned something of another shape, which torch would have broadcast into another loss.
+        """
+        found = self.function(**{name: getattr(scored, name) for name in self.needs}, **self.options)
+        judged = scored.chosen if self.unit == "pairs" else scored.responses
+        for field_name, expected in (("losses", judged.shape), ("rewards", scored.policy_logps.shape)):
+            value = getattr(found, field_name, None)
+            if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == expected):
+                got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else f"`{value}`"
+                what = "each pair" if self.unit == "pairs" else "each judged response"
+                msg = f"objective `{self.name}` must return `{field_name}` as floats of shape {list(expected)}, found {got}\n\nHint: `Losses(losses, rewards)` with one loss for {what}, which the trainer weighs and averages over the whole step, and one reward for each response."
+                raise RecipeError(msg)
+        return found
 
 
 def load_objective(name: str, options: Mapping[str, Any]) -> Objective:

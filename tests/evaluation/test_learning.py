@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from app.evaluation.learning import judge_answers, judge_learning, judge_likelihood
-from app.training.held_out import AnswerMeasure, PairMeasure
+from app.training.held_out import AnswerMeasure, Measures, PairMeasure, with_start
 
 
 def measures(*, right: int, wrong: int, tied: int = 0, shorter_chosen: float = 0.5) -> list[PairMeasure]:
@@ -122,7 +122,7 @@ def test_liked_answers_are_held_against_disliked_ones_one_by_one():
     # Two normals 1.5 apart: Phi(1.5 / sqrt(2)) = 0.856.
     assert learning.accuracy == pytest.approx(0.856, abs=0.05)
     assert learning.low < learning.accuracy < learning.high
-    assert "a held-out liked answer has the higher reward" in learning.table()
+    assert "a held-out liked answer gained more reward" in learning.table()
 
 
 def test_rewards_without_meaning_or_that_follow_the_length_are_not_learned():
@@ -130,6 +130,16 @@ def test_rewards_without_meaning_or_that_follow_the_length_are_not_learned():
     learning = judge_answers(answers(liked_reward=1.5, longer=9), level=0.95, seed=0)
     assert learning.longer == 1.0
     assert not learning.learned
+
+
+def test_rewards_that_the_start_model_gave_already_are_not_learned():
+    """It may be another one than the reference, such as the champion of rounds before."""
+    rows = answers(liked_reward=1.5, count=600)
+    start = [replace(row, reward=row.reward - 0.01, before_reward=0.0) for row in rows]
+    unmoved = with_start(Measures([], rows), Measures([], start)).answers
+    assert not judge_answers(unmoved, level=0.95, seed=0).learned
+    moved = with_start(Measures([], rows), Measures([], answers(liked_reward=0.0, count=600))).answers
+    assert judge_answers(moved, level=0.95, seed=0).learned
 
 
 def test_answers_of_one_kind_say_nothing():

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,34 @@ def test_a_function_that_cannot_be_used_is_refused_with_the_reason(name, options
     with pytest.raises(RecipeError) as refused:
         load_objective(name, options)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (
+            lambda made: Losses(made.losses.mean(), made.rewards),
+            r"`losses` .* shape \[2\], found torch.float64 of shape \[\]",
+        ),
+        (
+            lambda made: Losses(made.losses[:, None], made.rewards),
+            r"shape \[2\], found torch.float64 of shape \[2, 1\]",
+        ),
+        (lambda made: Losses(made.losses.isfinite(), made.rewards), r"`losses` as floats .* found torch.bool"),
+        (
+            lambda made: Losses(made.losses, made.rewards[:2]),
+            r"`rewards` .* shape \[4\], found torch.float64 of shape \[2\]",
+        ),
+        (lambda made: made.losses, r"`losses` .* found `None`"),
+    ],
+)
+def test_what_would_be_broadcast_into_another_loss_is_refused(spoil, found):
+    dpo = load_objective("dpo", {})
+    own = replace(dpo, name="mine:own", function=lambda **given: spoil(dpo.function(**given)))
+    with pytest.raises(
+        RecipeError, match=rf"objective `mine:own` must return {found}" if found.startswith("`") else found
+    ):
+        own(scored())
 
 
 def test_the_golden_table_is_part_of_the_package():
