@@ -319,8 +319,9 @@ class TrainSection(Section):
     batch_pairs: int = Field(16, ge=1, description="Pairs of one optimizer step, over all workers.")
     micro_batch_tokens: int = Field(2048, ge=16, description="Token budget of one forward pass of one worker.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; adapters stay fp32.")
-    attention: Literal["sdpa", "flex", "varlen"] = Field(
-        "sdpa", description="Backend of packed attention; `flex` and `varlen` need a GPU."
+    attention: Literal["sdpa", "flex", "varlen", "plain"] = Field(
+        "sdpa",
+        description="Backend of packed attention; `flex` and `varlen` need a GPU. `plain`: each response is a row of its own.",
     )
     seed: int = Field(0, ge=0, description="Seed of adapters, order and dropout.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
@@ -609,7 +610,7 @@ class Recipe(Section):
                 "`model.reference_model` must name the same model; use `train.reference: precomputed`"
             )
             raise ValueError(msg)
-        if self.train.attention != "sdpa" and not self.workers.use_gpu:
+        if self.train.attention in ("flex", "varlen") and not self.workers.use_gpu:
             msg = f"`train.attention: {self.train.attention}` needs a GPU: set `workers.use_gpu`, or `train.attention: sdpa`"
             raise ValueError(msg)
         if self.collect is not None and self.collect.max_tokens > self.serving.max_tokens:

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import ray
@@ -34,7 +34,7 @@ from app.training.batch import PackedBatch
 from app.training.judgements import distinct, for_unit, with_strangers
 from app.training.objectives import load_objective
 from app.training.policy import autocast
-from app.training.scoring import ScoringModel, unpackable, with_reference_logps
+from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, unpackable, with_reference_logps
 from app.training.snapshots import (
     Binding,
     from_row,
@@ -85,9 +85,13 @@ def prepare(
     if window is not None and recipe.prepare.max_length > window:
         msg = f"prepare.max_length = {recipe.prepare.max_length} exceeds the context of `{start.model_id}`, {window} tokens\n\nHint: lower prepare.max_length to {window}."
         raise DataError(msg)
-    reason = unpackable(loaded.model)
+    reason = AS_ASKED if recipe.train.attention == "plain" else unpackable(loaded.model)
     if reason is not None and console is not None:
         console.print(f"responses share no prompt, each is a row of its own: {reason}", highlight=False, markup=False)
+    alike = alike_up_to(loaded.model)
+    if reason is None and alike is not None and recipe.prepare.max_length > alike and console is not None:
+        told = f"a prompt with an answer of more than {alike} tokens makes each response beside it a row of its own: the model turns all positions of a longer row otherwise"
+        console.print(told, highlight=False, markup=False)
     pairs = read_pairs(home, pair_snapshot_id)
     groups, audit = encode_groups(
         pairs,
@@ -215,7 +219,13 @@ class ReferenceScorer:
     """A Ray Data actor that holds the frozen reference."""
 
     def __init__(
-        self, home_uri: str, model_id: str, dtype: str, token_budget: int, threads: int, backend: Backend
+        self,
+        home_uri: str,
+        model_id: str,
+        dtype: str,
+        token_budget: int,
+        threads: int,
+        backend: Backend | Literal["plain"],
     ) -> None:
         torch.set_num_threads(threads)
         self.device = device_of(ray.get_gpu_ids())

@@ -51,7 +51,7 @@ from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import Unit, balanced, distinct
 from app.training.objectives import load_objective
-from app.training.scoring import unpackable
+from app.training.scoring import AS_ASKED, alike_up_to, unpackable
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
     TrainFile,
@@ -267,7 +267,12 @@ def _check_snapshot(
     )
     if recipe.train.sharding == "zero3":
         for model_id in {start.model_id, reference.model_id}:
-            require_packable(unpackable(load_architecture(home, model_id).model), model_id)
+            model = load_architecture(home, model_id).model
+            alike = alike_up_to(model)
+            reason = AS_ASKED if recipe.train.attention == "plain" else unpackable(model)
+            if reason is None and alike is not None and recipe.prepare.max_length > alike:
+                reason = f"it turns positions otherwise in rows of more than {alike} tokens (prepare.max_length = {recipe.prepare.max_length})"
+            require_packable(reason, model_id)
     counts: dict[str, float] = manifest["splits"]["train"]
     require_pairs(recipe, int(counts.get("judged", counts["pairs"])))
     return counts

@@ -499,9 +499,15 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
 
 
 def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
-    """Take a few groups that fit in one micro-batch, at least one."""
-    few: list[Group] = []
+    """Take a few groups that fit in one micro-batch, at least one; the longest that fits first.
+
+    What a model does otherwise in long rows (a window, another turn of positions) shows in none of the short ones.
+    """
+    fitting = [group for group in groups if group.num_tokens <= token_budget]
+    few = [max(fitting, key=lambda group: group.num_tokens)] if fitting else []
     for group in groups[:_STEP_ZERO_GROUPS]:
+        if group in few:
+            continue
         if few and sum(g.num_tokens for g in few) + group.num_tokens > token_budget:
             break
         few.append(group)

@@ -331,7 +331,8 @@ def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> 
 @lru_cache(maxsize=64)
 def _causal(size: int, window: int | None, device: torch.device) -> Tensor:
     """[size, size], of which masks are parts: one for each length would fill the memory."""
-    positions = torch.arange(size, device=device)
-    distance = positions[:, None] - positions[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    keys = torch.arange(size, device=device)
+    queries = keys[:, None]
+    # Comparisons make bytes; a matrix of distances would take eight for each.
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)

@@ -5,11 +5,12 @@ predict response tokens, in chunks, with the log-softmax in fp32. `plain_logps` 
 through the model's own attention, as any other library would do it.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 
 from app.errors import ModelError
 from app.training.attention import Backend, Layout, attention_name
-from app.training.batch import PackedBatch, filler, token_bins
+from app.training.batch import PackedBatch, Segment, filler, token_bins
 from app.training.tokenization import Group
 
+AS_ASKED = "train.attention is `plain`"
+"""Why a model is not packed that could be."""
 _HEAD_CHUNK = 2048
 _DROPOUTS = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")
 _HEAD_DROPOUTS = ("classifier", "summary", "scheduled")
@@ -46,12 +49,13 @@ class ResponseScores:
 class ScoringModel(nn.Module):
     """Scores the responses of packed batches with a causal language model (which may carry adapters).
 
-    A model that cannot be packed exactly is run on plain rows instead, one for each response; `plain_because` says why.
+    A model that cannot be packed exactly is run on plain rows instead, one for each response; `plain_because` says why. So is
+    a batch with a row that is longer than `alike_up_to`, behind which a model turns all positions of a row otherwise.
 
     Args:
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
-        backend: what computes the attention of packed rows.
+        backend: what computes the attention of packed rows; `plain`: there are none.
     """
 
     def __init__(
@@ -59,15 +63,16 @@ class ScoringModel(nn.Module):
         model: PreTrainedModel | PeftModel,
         *,
         agreement: bool = False,
-        backend: Backend = "sdpa",
+        backend: Backend | Literal["plain"] = "sdpa",
     ) -> None:
         super().__init__()
         self.agreement = agreement
         self.backend = backend
-        self.plain_because = unpackable(model)
-        if self.plain_because is None:
+        self.plain_because = AS_ASKED if backend == "plain" else unpackable(model)
+        self.alike_up_to = alike_up_to(model)
+        if self.plain_because is None and backend != "plain":
             model.set_attn_implementation(attention_name(backend))
-        elif backend != "sdpa":
+        elif backend not in ("sdpa", "plain"):
             msg = f"attention `{backend}` has no effect: {self.plain_because}, so each response is a row of its own\n\nHint: set train.attention to `sdpa`."
             raise ModelError(msg)
         else:
@@ -85,7 +90,12 @@ class ScoringModel(nn.Module):
         """Return the scores of `batch`; every rank issues the same collectives for one call."""
         causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         decoder = causal.get_decoder()
-        rows = _packed_rows(decoder, batch) if self.plain_because is None else _plain_rows(decoder, batch)
+        if self.plain_because is not None:
+            rows = _plain_rows(decoder, batch, _no_layout)
+        elif self.alike_up_to is not None and _longest_row(batch) > self.alike_up_to:
+            rows = _plain_rows(decoder, batch, _layout_of_one)
+        else:
+            rows = _packed_rows(decoder, batch)
         config = causal.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
         project = causal.get_output_embeddings().forward
@@ -150,13 +160,17 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
         [N] summed log-probabilities, in the order of a packed batch of the same groups.
     """
     device = next(model.parameters()).device
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
     previous = model.config._attn_implementation
     model.set_attn_implementation(own_attention(model))
     sums = []
     try:
         for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
-            ids = torch.tensor([prompt + response], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            ids, kept = torch.tensor([prompt + response], device=device), len(response) + 1
+            # Training computes no logits of prompts, so the memory for them may not be there.
+            few = {"logits_to_keep": kept} if keeps else {}
+            logits = model(input_ids=ids, use_cache=False, **few).logits[0, -kept:-1]
             sums.append(_wide(logits).log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).sum())
     finally:
         model.set_attn_implementation(previous)
@@ -181,6 +195,24 @@ def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
     return None
 
 
+def alike_up_to(model: PreTrainedModel | PeftModel) -> int | None:
+    """Return the length in tokens up to which a row's positions are turned by the same frequencies; None: whatever it is.
+
+    Phi-3's LongRoPE and NTK's dynamic RoPE take others for *all* positions of a forward that holds a longer row
+    (`dynamic_rope_update` in transformers), so one long answer would change the scores of whatever is packed beside it.
+    """
+    config: Any = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    # One set of them, or one for each kind of layer.
+    sets = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    lengths = [
+        int(each.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for each in sets
+        if each.get("rope_type") == "longrope" or "dynamic" in str(each.get("rope_type"))
+    ]
+    return min(lengths, default=None)
+
+
 def own_attention(model: PreTrainedModel | PeftModel) -> str:
     """Return the attention that transformers itself gives the model."""
     # Gemma 2 has no `sdpa`, which knows no cap on attention scores; neither have models without attention.
@@ -198,8 +230,22 @@ def _packed_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
     return hidden[batch.predictor_rows]
 
 
-def _plain_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return the same, with a forward for each response."""
+def _longest_row(batch: PackedBatch) -> int:
+    return max(segment.prompt_length + max(segment.response_lengths) for segment in batch.segments)
+
+
+def _no_layout(tokens: Segment, device: torch.device) -> dict[str, Layout]:  # noqa: ARG001
+    return {}
+
+
+def _layout_of_one(tokens: Segment, device: torch.device) -> dict[str, Layout]:
+    return {"layout": Layout((tokens,), device)}
+
+
+def _plain_rows(
+    decoder: nn.Module, batch: PackedBatch, layout: Callable[[Segment, torch.device], dict[str, Layout]]
+) -> Tensor:
+    """Return the same, with a forward for each response; `layout` is what the attention of the model must be told."""
     rows = []
     for segment in batch.segments:
         begin = prompt_end = segment.start + segment.prompt_length
@@ -207,7 +253,8 @@ def _plain_rows(decoder: nn.Module, batch: PackedBatch) -> Tensor:
             ids = torch.cat(
                 [batch.input_ids[:, segment.start : prompt_end], batch.input_ids[:, begin : begin + length]], dim=1
             )
-            hidden: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+            told = layout(Segment(0, segment.prompt_length, (length,)), ids.device)
+            hidden: Tensor = decoder(input_ids=ids, use_cache=False, **told).last_hidden_state[0]
             rows.append(hidden[segment.prompt_length - 1 : -1])
             begin += length
     return torch.cat(rows)

@@ -14,8 +14,9 @@ from app.storage import read_parquet
 from app.training.checkpoints import RunIdentity
 from app.training.engine import SingleWorker
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, to_row, train_files
+from app.training.tokenization import Group
 from ray_jobs import stream
-from ray_jobs.worker import SharedSteps, TrainTask
+from ray_jobs.worker import SharedSteps, TrainTask, _few
 from tests.training.tiny_runs import make_groups
 
 EPOCHS, BATCH_PAIRS = 3, 4
@@ -95,6 +96,16 @@ def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
     with pytest.raises(DataError, match=r"no row was read for 0 s[\s\S]*taken by other jobs"):
         steps_of(task, skip=0)
     held.set()
+
+
+def test_the_proofs_of_a_run_see_the_longest_rows_that_fit_and_one_row_at_least():
+    def group(name: str, tokens: int) -> Group:
+        return Group(name, name, "train", (1,) * (tokens - 2), ((2,), (3,)), ())
+
+    shown = [group(f"g{tokens}", tokens) for tokens in (10, 20, 15, 12, 90, 61, 300)]
+    assert [g.group_id for g in _few(shown, 100)] == ["g90", "g10"]
+    assert [g.group_id for g in _few(shown, 130)] == ["g90", "g10", "g20"]
+    assert [g.group_id for g in _few(shown[6:], 100)] == ["g300"]
 
 
 def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):

@@ -123,6 +123,61 @@ def test_packed_scores_and_gradients_equal_plain_rows_in_fp64(kind):
         assert (parameter.grad - expected[name]).abs().max() <= 1e-8 * scale, name
 
 
+def stretched():
+    """A Phi-3 that turns all positions of a row by other frequencies where the row has more than 14 tokens."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 14
+    sizes = {**SIZES, "max_position_embeddings": 56, "original_max_position_embeddings": 14}
+    model = Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0, rope_parameters=rope)).double().eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(exact_norm, module)
+    return model
+
+
+def test_a_long_row_does_not_turn_the_positions_of_what_is_packed_beside_it():
+    model = stretched()
+    plain = plain_logps(model, GROUPS)
+    (plain * torch.arange(6)).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    policy = ScoringModel(model)
+    assert policy.alike_up_to == 14
+    scores = policy(PackedBatch.pack(GROUPS)).logps
+    (scores * torch.arange(6)).sum().backward()
+    assert torch.allclose(scores, plain, atol=1e-10, rtol=0)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-8 * expected[name].abs().max(), name
+    policy.alike_up_to = None
+    turned = (policy(PackedBatch.pack(GROUPS)).logps - plain).abs()
+    assert turned[:5].max() > 1e-6, "beside the long row of the last group the others are scored otherwise"
+
+
+def test_short_rows_of_a_model_with_another_turn_for_long_ones_are_packed(monkeypatch):
+    model = stretched()
+    plain = plain_logps(model, GROUPS[:2])
+    monkeypatch.setattr(scoring, "_plain_rows", lambda *_: pytest.fail("they fit"))
+    assert torch.allclose(ScoringModel(model)(PackedBatch.pack(GROUPS[:2])).logps, plain, atol=1e-10, rtol=0)
+
+
+def test_rows_are_plain_where_a_recipe_says_so(monkeypatch):
+    model = tiny_model("mistral")
+    plain = plain_logps(model, GROUPS)
+    monkeypatch.setattr(scoring, "_packed_rows", lambda *_: pytest.fail("packed"))
+    policy = ScoringModel(model, backend="plain")
+    assert policy.plain_because == "train.attention is `plain`"
+    assert torch.allclose(policy(PackedBatch.pack(GROUPS)).logps, plain, atol=1e-10, rtol=0)
+
+
+def test_the_oracle_computes_no_logits_of_a_prompt():
+    model, rows = tiny_model(), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, found: rows.append(found.shape[1]))
+    plain_logps(model, GROUPS)
+    assert rows == [6, 4, 2, 10, 5, 7]
+
+
 # Cohere's norm rounds to fp32 and has no exact stand-in here.
 @pytest.mark.parametrize("kind", [*KINDS, "cohere"])
 def test_packed_scores_and_gradients_equal_plain_rows_in_fp32(kind):
