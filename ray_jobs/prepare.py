@@ -116,7 +116,16 @@ def prepare(
     simulated = {pair.pair_id for pair in pairs if pair.simulated}
     precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     if precomputed:
-        ordered = _with_reference(home, ledger, recipe, reference, ordered, console)
+        scored = _with_reference(home, ledger, recipe, reference, ordered, console)
+        ordered = [group for group in scored if _is_finite(group)]
+        # One of them would take its whole step with it, in every epoch.
+        if lost := {judged.pair_id for group in scored if not _is_finite(group) for judged in group.judgements}:
+            left_out += len(lost)
+            audit.dropped["reference_not_finite"] += len(lost)
+            audit.examples["reference_not_finite"] = min(lost)
+        if not ordered:
+            msg = f"the reference `{reference.model_id}` gives no finite score to any row of pair snapshot `{pair_snapshot_id}`\n\nHint: does it answer at all? `--set train.dtype=float32` tells a rounding from a broken model."
+            raise DataError(msg)
     return write_training_snapshot(
         home,
         ledger,
@@ -137,12 +146,17 @@ def prepare(
             "dropped": dict(audit.dropped),
             "dropped_such_as": audit.examples,
             "truncated": audit.truncated,
+            "without_begin": audit.without_begin,
             "sources": dict(Counter(distinct(ordered).values())),
             "simulated": len(simulated & distinct(ordered).keys()),
             "reference_model": reference.model_id if precomputed else None,
         },
         rows_per_file=recipe.prepare.rows_per_file,
     )
+
+
+def _is_finite(group: Group) -> bool:
+    return all(map(math.isfinite, group.reference_logps or ()))
 
 
 def _with_reference(
@@ -277,6 +291,11 @@ def print_summary(console: Console, row: SnapshotRow) -> None:
         )
     if counts["truncated"]:
         console.print(f"answers cut at the window: {counts['truncated']}", highlight=False)
+    if counts.get("without_begin"):
+        console.print(
+            f"prompts without the begin token that the tokenizer writes before plain text, as the chat template has it: {counts['without_begin']}",
+            highlight=False,
+        )
 
 
 def _such_as(counts: dict[str, Any], reason: str) -> str:

@@ -153,8 +153,9 @@ def _train(
     usual = usual_learning_rate(
         section.objective, section.adapter, width=model_width(home, start.model_id), total_steps=total_steps
     )
+    warnings = _warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu)
     if console is not None:
-        for warning in _warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu):
+        for warning in warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)
     task = TrainTask(
         home_uri=home.uri,
@@ -175,6 +176,8 @@ def _train(
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
     known = _record_start(ledger, recipe, task, reference)
+    for warning in warnings:
+        ledger.audit("train", "warning", run_id, {"warning": warning})
     if (tokens := known.get(_HALVED)) is not None:
         task = dataclasses.replace(task, section=section.model_copy(update={"micro_batch_tokens": tokens}))
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))

@@ -22,7 +22,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +49,7 @@ _FIELDS: Final = (
     "system",
     "tools",
 )
+_WEIGHT: Final = "weight"
 _SHAREGPT_ROLES: Final = {
     "system": "system",
     "human": "user",
@@ -195,7 +196,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[_Row]:
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
         names = file.schema_arrow.names
-        columns = [name for name in _FIELDS if name in names]
+        columns = [name for name in (*_FIELDS, _WEIGHT) if name in names]
         if _shape(dict.fromkeys(columns, True)) is None:
             _refuse_file(f"its columns are no preference or instruction data: {', '.join(names)}")
         number = 0
@@ -282,7 +283,7 @@ def _candidate(row: _Row) -> Candidate | Rejection:
             raise _Rejected("unknown_shape", f"no known shape has the fields {', '.join(row.value) or '(none)'}")
         for name, value in fields.items():
             _check_text(name, value, is_utf8=row.is_utf8)
-        return Candidate(_pair(fields), row.place)
+        return Candidate(replace(_pair(fields), weight=_weight(row.value)), row.place)
     except _Rejected as fault:
         return Rejection(row.place, fault.reason, fault.detail, row.raw)
 
@@ -301,6 +302,19 @@ def _check_text(name: str, value: Any, *, is_utf8: bool) -> None:
     elif isinstance(value, list):
         for part in value:
             _check_text(name, part, is_utf8=is_utf8)
+
+
+def _weight(row: dict[str, Any]) -> float:
+    """Return what a judgement counts for: 1 where the row says nothing."""
+    weight = row.get(_WEIGHT)
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise _Rejected("wrong_type", f"`weight` must be a number, found {weight!r:.40}")
+    # What the schema stores it as.
+    if not 2.0**-126 <= weight < 2.0**128:
+        raise _Rejected("wrong_weight", f"`weight` must be finite and greater than 0, found {weight!r:.40}")
+    return float(weight)
 
 
 def _shape(row: dict[str, Any]) -> str | None:

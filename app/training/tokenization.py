@@ -77,6 +77,8 @@ class TokenAudit:
     """Answers of kept rows that end at the window."""
     examples: dict[str, str] = field(default_factory=dict)
     """The id of the first row that was dropped, by reason."""
+    without_begin: int = 0
+    """Prompts without the begin token that the tokenizer puts before plain text: served alike, but hardly meant."""
 
 
 @dataclass(slots=True)
@@ -173,7 +175,10 @@ def encode_groups(
         )
         for key, draft in drafts.items()
     ]
-    return groups, TokenAudit(kept=kept, dropped=dropped, truncated=truncated, examples=examples)
+    begin = tokenizer.bos_token_id
+    writes_it = begin is not None and tokenizer("").input_ids[:1] == [begin]
+    without = sum(writes_it and group.prompt_ids[:1] != (begin,) for group in groups)
+    return groups, TokenAudit(kept, dropped, truncated, examples, without)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[int]:

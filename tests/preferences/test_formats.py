@@ -115,6 +115,38 @@ def test_an_instruction_and_its_input_are_one_question(tmp_path):
     assert pair.prompt == said("Sum up.\nA text.")
 
 
+def test_a_row_may_say_what_its_judgement_counts_for(tmp_path):
+    assert read_one(tmp_path, GOOD).weight == 1.0
+    assert read_one(tmp_path, {**GOOD, "weight": None}).weight == 1.0
+    assert read_one(tmp_path, {**GOOD, "weight": 2}).weight == 2.0
+    assert read_one(tmp_path, {"prompt": "Why?", "completion": "So.", "label": False, "weight": 0.25}).weight == 0.25
+    pq.write_table(pa.Table.from_pylist([{**GOOD, "weight": 0.5}]), tmp_path / "rows.parquet")
+    assert [c.pair.weight for c in read_rows([tmp_path / "rows.parquet"]).candidates] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (0, "wrong_weight"),
+        (-1.5, "wrong_weight"),
+        (1e39, "wrong_weight"),
+        (1e-50, "wrong_weight"),
+        (True, "wrong_type"),
+        ("2", "wrong_type"),
+    ],
+)
+def test_a_weight_that_cannot_count_costs_its_row(tmp_path, weight, reason):
+    reading = read_rows([write(tmp_path, {**GOOD, "weight": weight})])
+    assert [rejection.reason for rejection in reading.rejections] == [reason]
+
+
+@pytest.mark.parametrize("weight", ["NaN", "Infinity"])
+def test_a_weight_that_is_no_number_costs_its_row(tmp_path, weight):
+    line = json.dumps(GOOD)[:-1] + f', "weight": {weight}}}\n'
+    reading = read_rows([write(tmp_path, line.encode())])
+    assert len(reading.rejections) == 1, reading.candidates
+
+
 def test_transcripts_share_their_earlier_turns_as_prompt(tmp_path):
     start = f"{HUMAN}One{ASSISTANT}Two{HUMAN}Three"
     pair = read_one(tmp_path, {"chosen": f"{start}{ASSISTANT}Four", "rejected": f"{start}{ASSISTANT}Five"})

@@ -1,6 +1,8 @@
 """Prepare: the second round's reference is the champion that was served, to the number."""
 
 import io
+import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -145,3 +147,24 @@ def test_rows_that_may_be_longer_than_the_context_are_refused_before_anything_is
     tree["prepare"]["max_length"] = 2049
     with pytest.raises(DataError, match=r"max_length = 2049 exceeds the context of `sft-\w+`, 2048 tokens"):
         prepare(home, ledger, parse_recipe(tree, place="test"), "no-snapshot")
+
+
+@pytest.mark.parametrize("broken", [1, 6])
+def test_rows_to_which_the_reference_gives_no_number_are_left_out_and_counted(
+    home, ledger, tiny_model, monkeypatch, broken
+):
+    def with_faults(home, ledger, recipe, reference, groups, console):
+        given = [math.nan] * broken + [-1.0] * (len(groups) - broken)
+        return [replace(g, reference_logps=(-2.0, logp)) for g, logp in zip(groups, given, strict=True)]
+
+    monkeypatch.setattr("ray_jobs.prepare._with_reference", with_faults)
+    texts = [f"{word} question about {word}s?" for word in ("tree", "river", "stone", "cloud", "lamp", "engine")]
+    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in texts]
+    pair_snapshot = write(home, ledger, pairs)
+    if broken == len(pairs):
+        with pytest.raises(DataError, match="gives no finite score to any row"):
+            prepare(home, ledger, recipe_for(tiny_model), pair_snapshot)
+        return
+    counts = prepare(home, ledger, recipe_for(tiny_model), pair_snapshot).manifest["counts"]
+    assert (counts["kept"], counts["dropped"]) == (5, {"reference_not_finite": 1})
+    assert counts["dropped_such_as"]["reference_not_finite"] in {pair.pair_id for pair in pairs}

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from app.errors import DataError
@@ -120,6 +121,20 @@ def test_a_template_that_fails_or_writes_no_end_costs_the_row_and_not_the_run(to
     for changed, reason in ((broken, "template_error"), (endless, "no_end_token")):
         _, audit = encode(changed, [pair(Response("a"), Response("b"))])
         assert dict(audit.dropped) == {reason: 1}
+
+
+def test_prompts_without_the_begin_token_of_plain_text_are_counted(tokenizer):
+    """As with templates that leave it to the tokenizer, which adds none to a rendered conversation."""
+    begin = tokenizer.convert_tokens_to_ids("!")
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = "!"
+    other._tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    assert other("a").input_ids[0] == begin
+    rows = [pair(Response("a"), Response("b"))]
+    assert encode(tokenizer, rows)[1].without_begin == 0
+    assert encode(other, rows)[1].without_begin == 1
+    other.chat_template = "!" + other.chat_template
+    assert encode(other, rows)[1].without_begin == 0
 
 
 @pytest.mark.parametrize("reason", ["two_begin_tokens", "two_end_tokens"])
