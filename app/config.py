@@ -245,7 +245,8 @@ _PUBLISHED_WIDTH = 4096
 _PUBLISHED_STEPS = 480
 _MOST_FASTER = 8.0
 _FAR = 10.0
-"""Published rates of one objective at one width lie within a tenth and ten times."""
+"""Published rates of one objective at one width lie within a tenth and ten times, but for CPO: its authors trained adapters of a
+13B model at 1e-4 (their `cpo_ft.sh`), others at less than a tenth of that."""
 _LEARNING_RATES: Mapping[str, tuple[float, float]] = {
     # (full, adapters) at the published width and steps
     "sft": (2e-5, 2e-4),  # TRL; with adapters ten times as much, https://thinkingmachines.ai/blog/lora
@@ -308,7 +309,7 @@ class TrainSection(Section):
         None, gt=0, description="Peak learning rate of AdamW; null: the usual one of such a run."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up, to zero.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After warm-up: to zero, or none.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
     epochs: int | None = Field(None, ge=1, description="Passes over the training rows; null: as `min_steps` says.")
