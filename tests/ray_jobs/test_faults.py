@@ -262,7 +262,9 @@ def test_a_micro_batch_that_memory_does_not_hold_is_halved_and_the_steps_stay_th
     with ledger.read() as session:
         query = sa.select(AuditRow).where(AuditRow.target == "hungry", AuditRow.action == "note")
         notes = [row.detail["note"] for row in session.scalars(query)]
+        known = session.get_one(RunRow, "hungry").metrics["micro_batch_tokens"]
     assert notes
+    assert known == 256 // 2 ** len(notes), "later attempts begin with what fitted"
     assert all("memory did not hold" in note for note in notes)
     claim(
         "a micro-batch that does not fit memory is halved, with the same losses as where it fits",
@@ -275,6 +277,45 @@ def test_memory_that_holds_not_even_a_quarter_ends_the_run_with_the_reason(clust
     recipe = recipe_of(sft, objective="tests.ray_jobs.hungry:hungry", options={}, micro_batch_tokens=4096)
     with pytest.raises(OutOfMemory, match=r"was refused by a worker: .*DefaultCPUAllocator"):
         train(home, ledger, recipe, snapshot_id, run_id="starving")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 16 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_as_a_checkpoint_is_written_costs_no_more_than_the_steps_since_the_one_before(
+    short_run,
+    stage,  # noqa: F811
+    small_disk,
+    tmp_path,
+    claim,
+):
+    home, ledger, _, snapshot_id, sft = stage
+    options = {"disk": str(small_disk), "marker": str(tmp_path / "was-full")}
+    recipe = recipe_of(sft, objective="tests.ray_jobs.crowded:crowded", options=options)
+    result = train(home, ledger, recipe, snapshot_id, run_id="crowded")
+    with ledger.read() as session:
+        query = sa.select(AuditRow).where(AuditRow.action == "workers_failed", AuditRow.target == "crowded")
+        told = [str(row.detail) for row in session.scalars(query)]
+    assert len(told) == 1
+    assert not list(small_disk.iterdir()), "half of a file is left"
+    assert same_weights(home, result.model, short_run.model)
+    found, expected = steps_of(ledger, "crowded"), steps_of(ledger, "short")
+    assert [(s["step"], s["loss"], s["pairs"]) for s in found] == [(s["step"], s["loss"], s["pairs"]) for s in expected]
+    claim(
+        "a disk that is full as a checkpoint is written: the run goes on from the one before, with the bits of an unbroken run",
+        figure=f"{len(found)} steps",
+    )
 
 
 def other_workers(stage, place):  # noqa: F811
