@@ -35,7 +35,7 @@ TIMEOUT_S: Final = 17.0
 """How long a node may take to answer."""
 OWN_TIMEOUT_S: Final = 8.0
 """How long the home may take to answer this process; with the nodes' time, and what Ray takes to start, half a minute."""
-STORE_S: Final = 8.0
+STORE_S: Final = 6.0
 """How long it may take to answer a node, once the library that asks it is imported there."""
 _PACKAGES: Final = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "safetensors")
 _UNSAFE: Final = (

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +185,13 @@ def homes(bridge: None, root: Path) -> list[Path]:
                 target = home / "prefloop" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, target)
+
+    def set_up(home: Path) -> None:
         for command in CLUSTER["setup_commands"]:
             bash(command, home, cwd=Path("/"))
+
+    with ThreadPoolExecutor() as pool:  # as `ray up` does
+        list(pool.map(set_up, found))
     return found
 
 
