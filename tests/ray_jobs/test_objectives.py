@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
+import torch
 from rich.console import Console
 
 from app.config import PairSection, parse_recipe
 from app.errors import DataError, ModelError
 from app.evaluation.learning import Learning, Likelihood
 from app.ledger import Ledger, RunStepRow
-from app.models import check_descent, ensure_sft, load_model
+from app.models import Lineage, check_descent, ensure_sft, load_model, save_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.storage import Home
@@ -188,6 +189,36 @@ def test_kto_learns_from_pairs_and_lone_judgements_with_the_kl_of_the_whole_step
     assert "canary_finished" not in rows[0].metrics
     assert isinstance(result.learning, Learning)
     assert result.learning.pairs == manifest["splits"]["held_out"]["pairs"]
+
+
+@pytest.mark.full
+def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_reference_is_another(
+    cluster, stage, of_first_models
+):
+    """The champion's rewards against the SFT model are what the rounds before it made."""
+    home, ledger, pairs, sft = stage
+    start = ensure_sft(home, ledger, sft)
+    loaded = load_model(home, start.model_id, dtype="float32")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    lineage = Lineage("merged", start.model_id)
+    champion = save_model(home, ledger, loaded.model, loaded.tokenizer, name="tiny-champion", lineage=lineage)
+    ledger.set_champion("default", start.model_id, expected_revision=0, actor="test", reason="first")
+    ledger.set_champion("default", champion.model_id, expected_revision=1, actor="test", reason="better")
+    try:
+        recipe = recipe_for(sft, "kto", learning_rate=1e-12)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
+        prepared = prepare(home, ledger, recipe, pairs)
+        result = train(home, ledger, recipe, prepared.snapshot_id, run_id="adds-nothing")
+    finally:
+        ledger.set_champion("default", start.model_id, expected_revision=2, actor="test", reason="back")
+    measured = held_out_measures(home, result.run_id)
+    assert max(abs(row.before_margin) for row in measured.pairs) > 1e-3
+    assert max(abs(row.before_reward) for row in measured.answers) > 1e-3
+    assert max(abs(row.gain) for row in (*measured.pairs, *measured.answers)) < 1e-4
+    assert not result.learning.learned
 
 
 @pytest.mark.full
