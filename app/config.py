@@ -371,6 +371,10 @@ class TrainSection(Section):
             # Its layers read the weight of the base outside of the base's own forward, where it is a slice (peft, dora.py).
             msg = "`lora.variant: dora` cannot be trained with `sharding: zero3`: use `lora` or `rslora`, or `sharding: none`"
             raise ValueError(msg)
+        if self.sharding == "zero3" and self.attention == "plain":
+            # A forward for each answer, and workers have different numbers of them.
+            msg = "`attention: plain` cannot be had with `sharding: zero3`: remove one"
+            raise ValueError(msg)
         if self.sharding == "zero3" and self.canary_every is not None:
             # Workers whose answers end at different tokens would wait for one another.
             msg = "`canary_every` cannot be had with `sharding: zero3`: remove it"

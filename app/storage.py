@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -543,8 +544,28 @@ def write_atomically(filesystem: fsspec.AbstractFileSystem, path: str, content: 
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def remove_if_allowed(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Remove a folder that nobody needs, and say whether that could be done; where not, what stands against it is logged.
+
+    A role without the right to delete, or objects that are locked, must not end what is done without them.
+    """
+    try:
+        filesystem.rm(path, recursive=True)
+    except FileNotFoundError:
+        return True
+    except Exception as error:  # noqa: BLE001  stores raise many kinds
+        logging.getLogger(__name__).warning("`%s` is no longer needed and cannot be removed: %s", path, error)
+        return False
+    return True

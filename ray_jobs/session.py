@@ -157,7 +157,7 @@ def ray_cluster(home: Home) -> Any:
     if address is None:
         ensure_ray_token()
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
-        environment.update(LOCAL_ENVIRONMENT)
+        arguments["runtime_env"] = {"env_vars": {**environment, **LOCAL_ENVIRONMENT}}
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:
         if ray_token() is not None and "RAY_AUTH_MODE" not in os.environ:

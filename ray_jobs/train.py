@@ -46,12 +46,12 @@ from app.models import (
 )
 from app.preferences.snapshots import resolve_snapshot
 from app.schemas import Split, content_hash
-from app.storage import Artifact, Home, arrow_filesystem
+from app.storage import Artifact, Home, arrow_filesystem, remove_if_allowed
 from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import Unit, balanced, distinct
 from app.training.objectives import load_objective
-from app.training.scoring import AS_ASKED, alike_up_to, unpackable
+from app.training.scoring import alike_up_to, unpackable
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
     TrainFile,
@@ -269,10 +269,11 @@ def _check_snapshot(
         dtype=recipe.train.dtype,
     )
     if recipe.train.sharding == "zero3":
-        for model_id in {start.model_id, reference.model_id}:
+        sliced = (start, reference) if objective.has_reference and recipe.train.reference == "sharded" else (start,)
+        for model_id in dict.fromkeys(model.model_id for model in sliced):
             model = load_architecture(home, model_id).model
             alike = alike_up_to(model)
-            reason = AS_ASKED if recipe.train.attention == "plain" else unpackable(model)
+            reason = unpackable(model)
             if reason is None and alike is not None and recipe.prepare.max_length > alike:
                 reason = f"it turns positions otherwise in rows of more than {alike} tokens (prepare.max_length = {recipe.prepare.max_length})"
             require_packable(reason, model_id)
@@ -403,7 +404,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     if memory:
         metrics["reference_memory"] = memory
     export = home.artifact(f"runs/{run_id}", EXPORT)
-    with _room_for_the_model(home), export.local_copy() as folder:
+    with _told_of_storage(), export.local_copy() as folder:
         lineage = Lineage(
             kind="merged" if recipe.train.adapter == "lora" else "full",
             parent_id=task.start_model_id,
@@ -413,19 +414,22 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
             metrics=metrics,
         )
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
-    export.filesystem.rm(export.path, recursive=True)
+    remove_if_allowed(export.filesystem, export.path)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
     return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory)
 
 
 @contextmanager
-def _room_for_the_model(home: Home) -> Iterator[None]:
-    """Say what is missing where this machine or the home has no room for the model that leaves a run."""
+def _told_of_storage() -> Iterator[None]:
+    """Say that the run is done where the home or this machine's disk does not take the model that leaves it.
+
+    Not as a DataError, which would have the loop begin a new round: nothing of what was trained is wrong.
+    """
     try:
         yield
     except OSError as error:
-        msg = f"the trained model cannot be registered: {error}\n\nHint: make room in `{home.uri}` and in {tempfile.gettempdir()} of this machine; the same run id goes on where it was."
-        raise DataError(msg) from error
+        msg = f"the run is done, and its model cannot be registered: {error}\n\nHint: is there room in the home and in {tempfile.gettempdir()} of this machine? The same run id goes on from here."
+        raise ServiceError(msg) from error
 
 
 def _judge(measures: Measures, unit: Unit, *, seed: int, sources: dict[str, str]) -> Learning | Likelihood | None:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
 from app.models import DTYPES, LoadedModel, device_of, is_no_weights, load_model
 from app.schemas import FinishReason, Split
-from app.storage import Artifact, Home, write_atomically
+from app.storage import Artifact, Home, remove_if_allowed, write_atomically
 from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
@@ -183,8 +184,9 @@ def _train(task: TrainTask) -> None:
     checkpoints = Checkpoints(home, task.identity, workers)
     resumed = checkpoints.load_newest(engine)
     if not resumed.step:
-        few = _few(shown, section.micro_batch_tokens)
-        check_packing(engine, few, section=section, workers=workers)
+        few, longest = _few(shown, section.micro_batch_tokens), _longest(shown, section.micro_batch_tokens)
+        for groups in (few, [longest]) if longest not in few else (few,):
+            check_packing(engine, groups, section=section, workers=workers)
         if task.reference_model_id == task.start_model_id and objective.has_reference:
             check_step_zero(policy, few, reference=reference, section=section)
     for note in resumed.skipped:
@@ -481,10 +483,14 @@ def _before(
     """
     run, workers = task.home().artifact("runs", task.identity.run_id), common["workers"]
     if done_steps:
-        known = workers.gather([_stored(run, BEFORE)] if workers.rank == 0 else [])[0]
+        known: Measures | None = None
+        if workers.rank == 0:
+            with suppress(DataError):
+                known = _stored(run, BEFORE)
+        known = workers.gather([known] if workers.rank == 0 else [])[0]
         if known is not None:
             return known
-        # A run from before these were kept.
+        # A run from before these were kept, or a damaged file.
         policy = sharding.frozen(task.start_model_id, _dtype(task.section), agreement=policy.agreement)
     measures = measure(policy, held_out, **common)
     if workers.rank == 0:
@@ -499,19 +505,24 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
 
 
 def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
-    """Take a few groups that fit in one micro-batch, at least one; the longest that fits first.
-
-    What a model does otherwise in long rows (a window, another turn of positions) shows in none of the short ones.
-    """
-    fitting = [group for group in groups if group.num_tokens <= token_budget]
-    few = [max(fitting, key=lambda group: group.num_tokens)] if fitting else []
+    """Take a few groups that fit in one micro-batch, at least one."""
+    few: list[Group] = []
     for group in groups[:_STEP_ZERO_GROUPS]:
-        if group in few:
-            continue
         if few and sum(g.num_tokens for g in few) + group.num_tokens > token_budget:
             break
         few.append(group)
     return few
+
+
+def _longest(groups: Sequence[Group], token_budget: int) -> Group:
+    """Take the longest group that fits in one micro-batch, or the shortest of all.
+
+    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones.
+    """
+    fitting = [group for group in groups if group.num_tokens <= token_budget]
+    return (
+        max(fitting, key=lambda group: group.num_tokens) if fitting else min(groups, key=lambda group: group.num_tokens)
+    )
 
 
 def _export(
@@ -532,7 +543,7 @@ def _export(
     artifact = home.artifact(f"runs/{task.identity.run_id}", EXPORT)
     filesystem = artifact.filesystem
     if filesystem.exists(artifact.path):
-        filesystem.rm(artifact.path, recursive=True)
+        remove_if_allowed(filesystem, artifact.path)  # of an attempt before; files of the same names take their place
     filesystem.makedirs(artifact.path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prefloop-export-") as scratch:
         sharding.save(exported, Path(scratch))

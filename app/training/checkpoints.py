@@ -16,9 +16,7 @@ carries the attempt's name: what an attempt that was given up still writes is no
 """
 
 import errno
-import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -40,14 +38,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.errors import DataError, TrainingError
-from app.storage import Artifact, Home, file_digest, same_signature, signature, write_atomically
+from app.schemas import content_hash
+from app.storage import (
+    Artifact,
+    Home,
+    file_digest,
+    remove_if_allowed,
+    same_signature,
+    signature,
+    sync_folder,
+    write_atomically,
+)
 from app.training.engine import Engine, Stored, Workers
 
 STALL_S: Final = 480.0
 """How long a checkpoint may take to be written beside training before the run is given up; less than workers wait for one
 another, so that the one that knows why says it."""
 _STATE = "state"
-_log = logging.getLogger(__name__)
 _KEPT = 2
 _PURPOSE: Final = b"prefloop checkpoint/1\n"
 _POLL_S = 0.1
@@ -94,8 +101,8 @@ class Checkpoints:
         self._passed: set[str] = set()
         self.left: set[str] = set()
         """Names of those that are no longer kept, and that storage did not let go."""
-        # A digest, or run `a` would remove what run `a-b` writes.
-        self._scratch = f"prefloop-checkpoint-{hashlib.sha256(identity.run_id.encode()).hexdigest()[:16]}-"
+        # A digest, or run `a` would remove what run `a-b` writes; of the home too, which another run may have its id in.
+        self._scratch = f"prefloop-checkpoint-{content_hash([home.uri, identity.run_id])[:16]}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
             # Of workers that were killed; those of this attempt have not begun.
             shutil.rmtree(left, ignore_errors=True)
@@ -208,12 +215,9 @@ class Checkpoints:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        place = self._home.artifact(self._kind, name)
-        try:
-            self._home.filesystem.rm(place.path, recursive=True)
-        except Exception as error:  # noqa: BLE001  stores raise many kinds, and what matters is written
-            if name not in self.left:
-                _log.warning("checkpoint `%s` is no longer kept and cannot be removed: %s", place.uri, error)
+        if remove_if_allowed(self._home.filesystem, self._home.artifact(self._kind, name).path):
+            self.left.discard(name)
+        else:
             self.left.add(name)
 
     def receipt(self, files: dict[str, Any]) -> bytes:
@@ -245,7 +249,7 @@ class Checkpoints:
         complete = set(self._home.names(self._kind))
         for path in filesystem.ls(root, detail=False):
             if str(path).rstrip("/").rsplit("/", 1)[-1] not in complete:
-                filesystem.rm(path, recursive=True)
+                remove_if_allowed(filesystem, str(path))
 
     def _save_here(self, artifact: Artifact, name: str, tensors: dict[str, Tensor]) -> Path:
         """Write tensors to a temporary folder of this machine, for the thread to bring to the home; return the place.
@@ -328,7 +332,9 @@ def _bring(local: Path, filesystem: AbstractFileSystem, target: str) -> None:
         filesystem.put_file(str(local), target)
         return
     place = Path(target)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.parent.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(place.parent.parent)
     try:
         local.replace(place)
     except OSError as error:

@@ -94,7 +94,7 @@ def check_packing(engine: Engine, groups: Sequence[Group], *, section: TrainSect
     turned /= max(length, 1e-12)
     allowed, allowed_turn = NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
     if not (apart <= allowed and turned <= allowed_turn):
-        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: set train.attention to `plain`, then each response is a row of its own (with scores that `prepare` made by packed rows, `--set prepare.reuse_scores=false` too), and report this architecture."
+        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: set train.attention to `plain`, then each response is a row of its own (not with train.sharding; where `prepare` scored by packed rows, `--set prepare.reuse_scores=false` too), and report this architecture."
         raise TrainingError(msg)
     return apart
 

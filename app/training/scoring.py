@@ -198,8 +198,9 @@ def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
 def alike_up_to(model: PreTrainedModel | PeftModel) -> int | None:
     """Return the length in tokens up to which a row's positions are turned by the same frequencies; None: whatever it is.
 
-    Phi-3's LongRoPE and NTK's dynamic RoPE take others for *all* positions of a forward that holds a longer row
-    (`dynamic_rope_update` in transformers), so one long answer would change the scores of whatever is packed beside it.
+    Phi-3's LongRoPE takes others for *all* positions of a forward that holds a longer row (`dynamic_rope_update` in
+    transformers), so one long answer would change the scores of whatever is packed beside it. (Dynamic NTK does so beyond the
+    model's whole context, where no row may be.)
     """
     config: Any = model.config.get_text_config()
     given = getattr(config, "rope_parameters", None) or {}

@@ -5,6 +5,7 @@ rows lie in files of their own (`train-*`, `held_out-*`), so a job reads what it
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +99,7 @@ def known_scores(
                 (group.prompt_ids, response): logp
                 for group in groups
                 for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
+                if math.isfinite(logp)
             }
     return {}
 

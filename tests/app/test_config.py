@@ -204,6 +204,7 @@ def test_a_key_that_moved_is_named_with_its_new_place():
     [
         ({"attention": "flex"}, "`train.attention: flex` needs a GPU: set `workers.use_gpu`"),
         ({"attention": "varlen", "dtype": "float32"}, "`attention: varlen` computes in half precision only"),
+        ({"attention": "plain", "sharding": "zero3"}, "`attention: plain` cannot be had with `sharding: zero3`"),
     ],
 )
 def test_an_attention_that_cannot_be_is_refused(train, fault):

@@ -16,7 +16,7 @@ from app.training.engine import SingleWorker
 from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, to_row, train_files
 from app.training.tokenization import Group
 from ray_jobs import stream
-from ray_jobs.worker import SharedSteps, TrainTask, _few
+from ray_jobs.worker import SharedSteps, TrainTask, _few, _longest
 from tests.training.tiny_runs import make_groups
 
 EPOCHS, BATCH_PAIRS = 3, 4
@@ -98,14 +98,15 @@ def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
     held.set()
 
 
-def test_the_proofs_of_a_run_see_the_longest_rows_that_fit_and_one_row_at_least():
+def test_the_proofs_of_a_run_see_several_groups_and_the_longest_that_fits():
     def group(name: str, tokens: int) -> Group:
         return Group(name, name, "train", (1,) * (tokens - 2), ((2,), (3,)), ())
 
     shown = [group(f"g{tokens}", tokens) for tokens in (10, 20, 15, 12, 90, 61, 300)]
-    assert [g.group_id for g in _few(shown, 100)] == ["g90", "g10"]
-    assert [g.group_id for g in _few(shown, 130)] == ["g90", "g10", "g20"]
-    assert [g.group_id for g in _few(shown[6:], 100)] == ["g300"]
+    assert [g.group_id for g in _few(shown, 100)] == ["g10", "g20", "g15", "g12"]
+    assert [g.group_id for g in _few(shown[4:], 100)] == ["g90"]
+    assert _longest(shown, 100).group_id == "g90"
+    assert _longest(shown[6:], 100).group_id == "g300"
 
 
 def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from app.models import Lineage, register_folder
@@ -182,6 +183,25 @@ def test_a_head_in_chunks_is_gathered_as_often_as_one_in_one_piece(home, ledger,
     assert [rank["collectives"] for rank in chunks] == [rank["collectives"] for rank in whole]
     for ours, expected in zip(chunks, whole, strict=True):
         assert [s[:2] for s in ours["steps"]] == [pytest.approx(s[:2], rel=2e-5) for s in expected["steps"]]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "spoil", ["lacks the tensor `model.layers.1.", "holds `stranger`, which the model does not know"]
+)
+def test_a_folder_that_is_not_the_models_is_refused_on_every_rank(home, ledger, tmp_path, spoil):
+    """Only the first rank reads it; the others would wait for it."""
+    settings = settings_of(home, ledger, tmp_path, {"adapter": "full"})
+    folder = write_tiny_model(tmp_path / "spoilt")
+    shutil.copytree(folder, folder / "without-weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(folder / "model.safetensors")
+    if spoil.startswith("lacks"):
+        weights = {name: value for name, value in weights.items() if "layers.1." not in name}
+    else:
+        weights["stranger"] = torch.zeros(2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    told = [rank["told"] for rank in run(tmp_path, 2, {**settings, "refused": str(folder)})]
+    assert all(spoil in text for text in told), told
 
 
 @pytest.mark.full

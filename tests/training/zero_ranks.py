@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from app.config import TrainSection
+from app.errors import ModelError
 from app.models import is_no_weights, load_model
 from app.storage import Home
 from app.training import engine as engines
@@ -108,6 +109,11 @@ def main(rank: int, world: int, settings: dict) -> dict:
     if sliced:
         zero.join(device, count=workers.count)
     read = zero.load_in_slices if sliced else None
+    if folder := settings.get("refused"):
+        try:
+            zero.load_in_slices(Path(folder) if rank == 0 else Path(folder, "without-weights"), torch.float32)
+        except ModelError as error:
+            return {"told": str(error)}
     wanted = is_no_weights if sliced and rank else lambda _: True
     start = load_model(home, settings["model"], dtype="float32", read=read, wanted=wanted)
     if sliced:
