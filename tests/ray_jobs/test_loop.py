@@ -1,5 +1,6 @@
 """A round of the loop remembers what its stages made, and throws no training away."""
 
+import errno
 import io
 import json
 
@@ -16,6 +17,7 @@ from ray_jobs import loop
 from ray_jobs.loop import LoopRun, run_loop
 from ray_jobs.session import Session
 from ray_jobs.ship import ShipResult
+from ray_jobs.train import _told_of_storage
 
 
 def recipe(**changes):
@@ -225,3 +227,14 @@ def test_a_hold_is_no_end_of_the_round_while_the_judge_owes_answers(monkeypatch)
         assert loop._judged(None, None, None, trained) == {"evaluation": "e", "verdict": "HOLD"}
     row.verdict, row.report = "SHIP", {"unanswered": {"timeout": 2}}
     assert loop._judged(None, None, None, trained)["verdict"] == "SHIP"
+
+
+def test_a_round_whose_model_finds_no_room_goes_on_where_it_was(session, ledger, stages):
+    def full(*_, **__):
+        with _told_of_storage():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stages.setattr(loop, "_trained", full)
+    with pytest.raises(ServiceError, match=r"the run is done.*No space left on device[\s\S]*goes on from here"):
+        run_loop(session(), quiet())
+    assert rounds(ledger) == ["stopped"], "a failed round would be followed by one that trains anew"
