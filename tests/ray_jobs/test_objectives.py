@@ -205,15 +205,16 @@ def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_referen
             parameter.add_(0.05 * torch.randn_like(parameter))
     lineage = Lineage("merged", start.model_id)
     champion = save_model(home, ledger, loaded.model, loaded.tokenizer, name="tiny-champion", lineage=lineage)
-    ledger.set_champion("default", start.model_id, expected_revision=0, actor="test", reason="first")
-    ledger.set_champion("default", champion.model_id, expected_revision=1, actor="test", reason="better")
-    try:
-        recipe = recipe_for(sft, "kto", learning_rate=1e-12)
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
-        prepared = prepare(home, ledger, recipe, pairs)
-        result = train(home, ledger, recipe, prepared.snapshot_id, run_id="adds-nothing")
-    finally:
-        ledger.set_champion("default", start.model_id, expected_revision=2, actor="test", reason="back")
+    # Of a deployment of its own: the other runs here begin with the SFT model.
+    ledger.set_champion("other", champion.model_id, expected_revision=0, actor="test", reason="better")
+    recipe = recipe_for(sft, "kto", learning_rate=1e-12)
+    changes = {
+        "model": recipe.model.model_copy(update={"reference_model": "sft"}),
+        "serving": recipe.serving.model_copy(update={"deployment": "other"}),
+    }
+    recipe = recipe.model_copy(update=changes)
+    prepared = prepare(home, ledger, recipe, pairs)
+    result = train(home, ledger, recipe, prepared.snapshot_id, run_id="adds-nothing")
     measured = held_out_measures(home, result.run_id)
     assert max(abs(row.before_margin) for row in measured.pairs) > 1e-3
     assert max(abs(row.before_reward) for row in measured.answers) > 1e-3
