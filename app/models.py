@@ -242,6 +242,7 @@ def load_model(
     manifest = artifact.manifest()
     names = list(filter(wanted, manifest["files"]))
     with artifact.verified_copy(manifest["files"], names) as folder:
+        # Who leaves the weights to another process has none to look at.
         (check_folder if len(names) == len(manifest["files"]) else _check_settings)(folder, place=artifact.uri)
         if read is None:
             model, tokenizer = _load(folder, dtype=dtype, place=artifact.uri)

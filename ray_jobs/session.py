@@ -156,8 +156,8 @@ def ray_cluster(home: Home) -> Any:
     terminated = signal.getsignal(signal.SIGTERM)
     if address is None:
         ensure_ray_token()
-        # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         arguments["runtime_env"] = {"env_vars": {**environment, **LOCAL_ENVIRONMENT}}
+        # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:
         if ray_token() is not None and "RAY_AUTH_MODE" not in os.environ:

@@ -470,7 +470,7 @@ class SharedSteps:
 
 def _before(
     task: TrainTask,
-    sharding: "_Whole",
+    sharding: _Whole,
     policy: ScoringModel,
     held_out: Sequence[Group],
     common: _Common,

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,9 +117,16 @@ def test_the_job_of_a_manifest_is_one_command_that_runs_on_the_cluster():
 
 
 @pytest.mark.parametrize("ignored", [".rayignore", ".gitignore"])
-def test_files_with_secrets_are_neither_kept_nor_sent(ignored):
-    assert "*.env" in CLUSTER["rsync_exclude"]
+def test_files_with_secrets_are_neither_kept_nor_sent_with_a_job(ignored):
     assert "*.env" in (ROOT / ignored).read_text().splitlines()
+
+
+def test_the_copy_of_the_checkout_leaves_out_secrets_and_no_mount_is_left_out():
+    left_out = CLUSTER["rsync_exclude"]
+    assert {"prefloop.env", ".env"} <= set(left_out)
+    for source in CLUSTER["file_mounts"].values():
+        # rsync holds its patterns against a file that is named by itself, too.
+        assert not any(fnmatch(Path(source).name, pattern) for pattern in left_out), source
 
 
 def test_the_manifest_of_the_service_is_one_that_serve_and_the_application_take():

@@ -91,9 +91,9 @@ class ScoringModel(nn.Module):
         causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         decoder = causal.get_decoder()
         if self.plain_because is not None:
-            rows = _plain_rows(decoder, batch, _no_layout)
+            rows = _plain_rows(decoder, batch, None)
         elif self.alike_up_to is not None and _longest_row(batch) > self.alike_up_to:
-            rows = _plain_rows(decoder, batch, _layout_of_one)
+            rows = _plain_rows(decoder, batch, Layout)
         else:
             rows = _packed_rows(decoder, batch)
         config = causal.config.get_text_config()
@@ -235,18 +235,8 @@ def _longest_row(batch: PackedBatch) -> int:
     return max(segment.prompt_length + max(segment.response_lengths) for segment in batch.segments)
 
 
-def _no_layout(tokens: Segment, device: torch.device) -> dict[str, Layout]:  # noqa: ARG001
-    return {}
-
-
-def _layout_of_one(tokens: Segment, device: torch.device) -> dict[str, Layout]:
-    return {"layout": Layout((tokens,), device)}
-
-
-def _plain_rows(
-    decoder: nn.Module, batch: PackedBatch, layout: Callable[[Segment, torch.device], dict[str, Layout]]
-) -> Tensor:
-    """Return the same, with a forward for each response; `layout` is what the attention of the model must be told."""
+def _plain_rows(decoder: nn.Module, batch: PackedBatch, layout: type[Layout] | None) -> Tensor:
+    """Return the same, with a forward for each response; `layout` where the attention is ours, which must be told one."""
     rows = []
     for segment in batch.segments:
         begin = prompt_end = segment.start + segment.prompt_length
@@ -254,7 +244,8 @@ def _plain_rows(
             ids = torch.cat(
                 [batch.input_ids[:, segment.start : prompt_end], batch.input_ids[:, begin : begin + length]], dim=1
             )
-            told = layout(Segment(0, segment.prompt_length, (length,)), ids.device)
+            row = Segment(0, segment.prompt_length, (length,))
+            told = {} if layout is None else {"layout": layout((row,), ids.device)}
             hidden: Tensor = decoder(input_ids=ids, use_cache=False, **told).last_hidden_state[0]
             rows.append(hidden[segment.prompt_length - 1 : -1])
             begin += length

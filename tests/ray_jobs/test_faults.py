@@ -303,14 +303,28 @@ def test_a_disk_that_is_full_as_a_checkpoint_is_written_costs_no_more_than_the_s
     home, ledger, _, snapshot_id, sft = stage
     options = {"disk": str(small_disk), "marker": str(tmp_path / "was-full")}
     recipe = recipe_of(sft, objective="tests.ray_jobs.crowded:crowded", options=options)
-    result = train(home, ledger, recipe, snapshot_id, run_id="crowded")
+    first, ended = [], threading.Event()
+
+    def note_the_first_step() -> None:
+        while not first and not ended.wait(0.05):
+            first.extend(s["seconds"] for s in steps_of(ledger, "crowded")[:1])
+
+    noting = threading.Thread(target=note_the_first_step)
+    noting.start()
+    try:
+        result = train(home, ledger, recipe, snapshot_id, run_id="crowded")
+    finally:
+        ended.set()
+        noting.join()
     with ledger.read() as session:
         query = sa.select(AuditRow).where(AuditRow.action == "workers_failed", AuditRow.target == "crowded")
         told = [str(row.detail) for row in session.scalars(query)]
     assert len(told) == 1
+    assert "make room" in told[0]
     assert not list(small_disk.iterdir()), "half of a file is left"
     assert same_weights(home, result.model, short_run.model)
     found, expected = steps_of(ledger, "crowded"), steps_of(ledger, "short")
+    assert [s["seconds"] for s in found[:1]] == first, "it began anew: a step that is done again takes another time"
     assert [(s["step"], s["loss"], s["pairs"]) for s in found] == [(s["step"], s["loss"], s["pairs"]) for s in expected]
     claim(
         "a disk that is full as a checkpoint is written: the run goes on from the one before, with the bits of an unbroken run",
