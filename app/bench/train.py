@@ -37,6 +37,8 @@ _TUNED_BATCHES = (1, 2, 4, 8)
 _TUNED_PAIRS = 16
 _SLOWER = 1.1
 """Once a batch is so much slower than a smaller one, larger ones of its type are not tried."""
+_SLOWER_TYPE = 3.0
+"""A type whose matrix products take so many times as long as the other's is not tried: processors without bf16 emulate it."""
 _FINAL = 2
 """Ways of setting TRL up that are tried twice, the fastest of the first trial."""
 _LOSSES_APART = 0.05
@@ -151,7 +153,7 @@ def compare_trainers(
         raise TrainingError(msg)
     ours = Arm("prefloop", "prefloop", "online", work.dtype, batch=0)
     default = Arm("trl", "trl", "online", work.dtype, batch=BATCH)
-    tuned = replace(_tuned(work, say), name="trl cached, tuned")
+    tuned = replace(_tuned(work, peaks, say), name="trl cached, tuned")
     arms = (
         replace(ours, name="prefloop online"),
         replace(default, name="trl online"),
@@ -190,7 +192,7 @@ def compare_trainers(
     )
 
 
-def _tuned(work: Work, say: Say) -> Arm:
+def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
     """Return the fastest way to let TRL do the work with a cached reference, by a trial on its first pairs."""
     few = -(-_TUNED_PAIRS // len(work.groups[0].pairs))
     groups = list(itertools.islice(work.groups, few))
@@ -204,6 +206,10 @@ def _tuned(work: Work, say: Say) -> Arm:
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
     first: dict[Arm, float] = {}
     for dtype in dtypes:
+        slower = max(peaks.values()) / peaks[dtype]
+        if slower > _SLOWER_TYPE:
+            say(f"tuning TRL: {dtype} is left out, its matrix products take {slower:.0f} times as long")
+            continue
         fastest = math.inf
         for batch in _TUNED_BATCHES:
             if trial.batch_pairs % batch or work.batch_pairs % batch:

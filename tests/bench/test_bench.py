@@ -267,10 +267,24 @@ def test_trl_is_tuned_over_types_and_over_batches_until_they_become_slower(work,
 
     monkeypatch.setattr("app.bench.train.run_arm", run)
     work = replace(work, groups=work.groups * 2)
-    best = _tuned(work, lambda _: None)
+    best = _tuned(work, {"bfloat16": 2.0, "float32": 1.0}, lambda _: None)
     assert (best.dtype, best.batch) == ("float32", 1)
     # Steps of four pairs have no batches of eight, and two pairs were already much slower than one in fp32.
     assert tried == [*seconds, *again]
+
+
+def test_a_type_that_the_machine_emulates_is_not_tried_for_trl(work, monkeypatch):
+    tried, said = [], []
+
+    def run(trial, arm):
+        tried.append(arm.dtype)
+        return Measured(0.5, (1.0 + len(tried),), (trial.batch_pairs,), (10,), (0.5,), (-1.0,), (), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    best = _tuned(replace(work, groups=work.groups * 2), {"bfloat16": 1.0, "float32": 12.0}, said.append)
+    assert best.dtype == "float32"
+    assert set(tried) == {"float32"}
+    assert said[0] == "tuning TRL: bfloat16 is left out, its matrix products take 12 times as long"
 
 
 def test_ablation_times_every_layout(work):
