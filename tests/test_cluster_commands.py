@@ -204,6 +204,7 @@ def store(bridge: None) -> Iterator[dict[str, str]]:
     """The object store and the database, as machines are told of them."""
     moto = pytest.importorskip("moto.server", reason="the extra `cluster-test` is not installed")
     import boto3
+    from s3fs import S3FileSystem
 
     [port] = free_ports(1)
     with postgresql(address=HOST, clients=NETWORK) as database:
@@ -227,6 +228,8 @@ def store(bridge: None) -> Iterator[dict[str, str]]:
                 yield variables
         finally:
             server.stop()
+            # fsspec keeps what was opened, with the address of then.
+            S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

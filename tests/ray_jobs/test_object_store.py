@@ -23,6 +23,7 @@ def bucket() -> Iterator[str]:
     """moto's S3 on a port of this machine; Ray's processes inherit where it is."""
     moto = pytest.importorskip("moto.server", reason="the extra `cluster-test` is not installed")
     import boto3
+    from s3fs import S3FileSystem
 
     [port] = free_ports(1)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
@@ -36,6 +37,8 @@ def bucket() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}/home"
     server.stop()
+    # fsspec keeps what was opened, with the address of then, for the next test that has another store.
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ In a module of its own, so that the process of the tests imports no deepspeed.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-RANKS = "tests.training.zero_ranks"
-"""What the fork server imports."""
+from tests.training.fork_server import RANKS
 
 
 def start_rank(rank: int, world: int, settings: dict[str, Any], out: Path, log: Path) -> None:
@@ -19,4 +19,5 @@ def start_rank(rank: int, world: int, settings: dict[str, Any], out: Path, log: 
         for stream in (sys.stdout, sys.stderr):
             os.dup2(printed.fileno(), stream.fileno())
     assert RANKS in sys.modules, "the fork server has not imported it"
+    assert shutil.which("ninja") is None and shutil.which("cc") is None, "nothing may be compiled"
     out.write_text(json.dumps(sys.modules[RANKS].main(rank, world, settings)))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from app.models import Lineage, register_folder
 from tests.conftest import free_ports, write_tiny_model
-from tests.training.start_rank import RANKS, start_rank
+from tests.training.fork_server import fork_server
+from tests.training.start_rank import start_rank
 
 BUFFERS = 256
 """Bytes: frequencies of the rotary embedding, whole on every rank."""
@@ -23,10 +23,7 @@ BUFFERS = 256
 def run(folder: Path, world: int, settings: dict) -> list[dict]:
     """What every rank tells; a world of 0 is one process without DeepSpeed."""
     (port,) = free_ports(1)
-    # Without programs: nothing may be compiled, by ninja or otherwise.
-    (nothing := folder / "no-programs").mkdir(exist_ok=True)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([RANKS])
+    server = fork_server()
     places = [folder / f"rank-{world}-{rank}" for rank in range(max(1, world))]
     # Into files: a rank whose pipe is full would wait, and the others for it.
     outs, logs = ([place.with_suffix(suffix) for place in places] for suffix in (".json", ".log"))
@@ -36,12 +33,8 @@ def run(folder: Path, world: int, settings: dict) -> list[dict]:
     ]
     end = time.monotonic() + 240
     try:
-        with pytest.MonkeyPatch.context() as environment:
-            # Of the fork server too, which begins with the first of them.
-            environment.setenv("PATH", str(nothing))
-            environment.setenv("OMP_NUM_THREADS", "1")
-            for process in ranks:
-                process.start()
+        for process in ranks:
+            process.start()
         for process in ranks:
             process.join(timeout=max(0.0, end - time.monotonic()))
     finally:
