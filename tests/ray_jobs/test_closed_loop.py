@@ -292,17 +292,19 @@ def test_a_job_is_one_job_by_its_id(cluster: Cluster, second: Seen) -> None:
 
 
 @pytest.mark.full
-def test_a_job_that_is_stopped_says_so_and_leaves_in_order(cluster: Cluster, second: Seen) -> None:
+def test_a_job_that_is_stopped_says_so_and_leaves_in_order(cluster: Cluster, first: Seen) -> None:
+    before = look(cluster)
+    assert before is not None
     asked(cluster, "submit", "loop", cluster.recipe.name, "--home", cluster.home.uri, "--id", "round-3")
     end = time.monotonic() + JOB_S
-    while (seen := look(cluster)) is None or seen.run_id == second.run_id:
+    while (seen := look(cluster)) is None or seen.run_id == before.run_id:
         assert time.monotonic() < end, asked(cluster, "logs", "round-3")
         time.sleep(0.1)
     assert asked(cluster, "stop", "round-3") == "job round-3: stopped\n"
     assert "interrupted; what was acknowledged is kept" in asked(cluster, "logs", "round-3")
     stopped = look(cluster)
     assert stopped is not None
-    assert (stopped.status, stopped.champion) == ("stopped", second.champion)
+    assert (stopped.status, stopped.champion) == ("stopped", first.champion)
 
 
 def test_what_was_finished_when_the_driver_was_killed_is_not_done_again(killed: Seen, first: Seen) -> None:
