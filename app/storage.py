@@ -473,17 +473,17 @@ def _remove_unused(used: IO[str], folder: Path) -> None:
 
 
 def read_parquet(filesystem: fsspec.AbstractFileSystem, path: str, schema: pa.Schema | None) -> pa.Table:
-    """Read one Parquet file, verify page checksums and UTF-8, and check the schema where one is given.
+    """Read one Parquet file in one request, verify page checksums and UTF-8, and check the schema where one is given.
 
     Raises:
         DataError: the file is empty, truncated, corrupt, not UTF-8 or of another schema.
     """
     try:
-        if filesystem.size(path) == 0:
+        content = filesystem.cat_file(path)
+        if not content:
             msg = f"`{path}` is empty (0 bytes)"
             raise DataError(msg)
-        with filesystem.open(path, "rb") as stream:
-            table = pq.read_table(stream, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         table.validate(full=True)
     except FileNotFoundError:
         msg = f"no file at `{path}`"

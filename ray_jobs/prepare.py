@@ -50,6 +50,8 @@ from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
+_MOST_OF_A_BLOCK = 512
+"""Rows that an actor takes at once, at most: Ray Data ends an execution in which nothing is done for half an hour."""
 
 
 def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
@@ -197,7 +199,8 @@ def score_reference(
     context.execution_options.preserve_order = True
     # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-    blocks = min(len(groups), max(workers.workers, min(len(groups) // _SCORE_BATCH, 8 * workers.workers)))
+    most = max(min(len(groups) // _SCORE_BATCH, 8 * workers.workers), math.ceil(len(groups) / _MOST_OF_A_BLOCK))
+    blocks = min(len(groups), max(workers.workers, most))
     length = math.ceil(len(groups) / blocks)
     slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
     scored = ray.data.from_arrow(slices).map_batches(

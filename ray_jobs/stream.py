@@ -1,24 +1,30 @@
 """One stream of rows for a whole job: from the Parquet files of a snapshot to the groups of each optimizer step.
 
-The driver hands over one Ray Data read for each epoch (`epoch_datasets`), whole and in order. The first rank iterates
-them in a thread, a few steps ahead (`read_ahead`); what it does with a step is the business of `ray_jobs.worker`. Which rows
-make which step follows from the seed and the files' numbers alone (`app.training.snapshots`), so a run that goes on
-passes over what is done without reading it.
+The first rank runs one Ray Data execution over the files of all epochs, in order, and iterates it in a thread, a few
+steps ahead (`read_ahead`); what it does with a step is the business of `ray_jobs.worker`. Which rows make which step
+follows from the seed and the files' numbers alone (`app.training.snapshots`), so a run that goes on begins with the file
+in which something is left, and reads none before it.
+
+Why `_Files` and not `ray.data.read_parquet`: that loses a path which is listed twice, which every path is that has a second
+epoch; a union of epochs takes their blocks in turn where they are ordered; and an execution for each epoch made the first
+rows of an epoch wait for the last of the one before.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import ray.data
-import ray.train
-from ray.train import DataConfig
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
 
 from app.errors import DataError
-from app.storage import Home, arrow_filesystem
+from app.schemas import TRAINING_SCHEMA
+from app.storage import Home, read_parquet
 from app.training.batch import step_groups
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
@@ -37,44 +43,18 @@ _READERS = 2
 each with a file of token ids, filled an object store of 100 MB and were spilled to disk."""
 _READ_BATCH = 256
 _AHEAD = 4
-"""Steps that are read before they are asked for; they hide where one epoch's execution ends and the next begins."""
+"""Steps that are read before they are asked for; they hide where a window of rows is gathered to be shuffled."""
 _STARVED_S = 480.0
 """How long the next step may take to be read; less than workers wait for one another, so that the one that knows why says it."""
 
 
-def epoch_datasets(home: Home, files: Sequence[TrainFile], *, seed: int, epochs: int) -> dict[str, Any]:
-    """Return what reads the rows of each epoch, in its order, by the names under which workers find it."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    # The newer reader packs row groups into bins as they fit, which loses the order of files, and starts 32 actors for
-    # the footers of one file.
-    context.use_datasource_v2 = False
-    filesystem, arrow = home.filesystem, arrow_filesystem(home.uri)
-    found: dict[str, Any] = {}
-    for epoch in range(epochs):
-        ordered = epoch_files(files, seed=seed, epoch=epoch)
-        paths = [filesystem.unstrip_protocol(file.path) if arrow is None else file.path for file in ordered]
-        # A path that is listed twice in one read vanishes, and a union of ordered data sets takes blocks in turn.
-        read = ray.data.read_parquet(
-            paths, filesystem=arrow, override_num_blocks=len(paths), num_cpus=READ_CPUS, concurrency=_READERS
-        )
-        found[_dataset(epoch)] = read
-    return found
-
-
-def stream_config() -> DataConfig:
-    """Return how workers are given them: whole and in order, since one rank reads for all."""
-    return DataConfig(datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True))
-
-
 def read_ahead(
-    files: tuple[TrainFile, ...], *, seed: int, epochs: int, batch_pairs: int, skip: int
+    home_uri: str, files: tuple[TrainFile, ...], *, seed: int, epochs: int, batch_pairs: int, skip: int
 ) -> Iterator[list[Group]]:
-    """Yield the groups of each step behind the first `skip`; what these took is passed over, epochs unread, rows undecoded.
+    """Yield the groups of each step behind the first `skip`; what these took is passed over: files unread, rows undecoded.
 
     Args:
+        home_uri: where they lie.
         files: the train files of the snapshot.
         seed: of the orders of files and rows.
         epochs: how often the rows are passed.
@@ -84,7 +64,7 @@ def read_ahead(
     Raises:
         DataError: nothing came for `_STARVED_S`, or rows came in another order than was asked for.
     """
-    read = partial(_read_steps, files, seed=seed, epochs=epochs, batch_pairs=batch_pairs, skip=skip)
+    read = partial(_read_steps, home_uri, files, seed=seed, epochs=epochs, batch_pairs=batch_pairs, skip=skip)
     return _ahead(read)
 
 
@@ -122,7 +102,7 @@ def _ahead(read: Callable[[], Iterator[list[Group]]]) -> Iterator[list[Group]]:
 
 
 def _read_steps(
-    files: tuple[TrainFile, ...], *, seed: int, epochs: int, batch_pairs: int, skip: int
+    home_uri: str, files: tuple[TrainFile, ...], *, seed: int, epochs: int, batch_pairs: int, skip: int
 ) -> Iterator[list[Group]]:
     orders = [epoch_files(files, seed=seed, epoch=epoch) for epoch in range(epochs)]
     length = sum(len(file.judgements) for file in files)
@@ -135,37 +115,69 @@ def _read_steps(
         steps=skip,
     )
     first, passed = divmod(rows, length)
+    # A window of which something is left is needed whole.
+    skip_rows = passed // SHUFFLE_WINDOW * SHUFFLE_WINDOW
+    left = list(itertools.chain.from_iterable(orders[first:]))
+    while left and skip_rows >= len(left[0].judgements):
+        skip_rows -= len(left.pop(0).judgements)
 
     def groups() -> Iterator[Group]:
+        indices = (file.first + i for file in left for i in range(len(file.judgements)))
+        ordered = _in_order(_read(home_uri, [file.path for file in left]), indices, skip=skip_rows)
         for epoch in range(first, epochs):
-            order, left_out = orders[epoch], passed if epoch == first else 0
-            indices = [file.first + i for file in order for i in range(len(file.judgements))]
-            ordered = _in_order(_read_epoch(epoch), indices, skip=left_out // SHUFFLE_WINDOW * SHUFFLE_WINDOW)
-            yield from epoch_stream(ordered, order, seed=seed, epoch=epoch, window=SHUFFLE_WINDOW, passed=left_out)
+            left_out = passed if epoch == first else 0
+            yield from epoch_stream(
+                ordered, orders[epoch], seed=seed, epoch=epoch, window=SHUFFLE_WINDOW, passed=left_out
+            )
 
     return step_groups(groups(), batch_pairs)
 
 
-def _dataset(epoch: int) -> str:
-    """Return the name under which the driver hands over the rows of an epoch."""
-    return f"epoch-{epoch}"
+class _Files(Datasource):
+    """Files of a training snapshot, each read whole by a task of its own, in the order given."""
+
+    def __init__(self, home: Home, paths: Sequence[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # Pickled by value, as lambdas are: by reference, each process that reads would import torch with this module.
+        self._reads = [lambda path=path: [read_parquet(home.filesystem, path, TRAINING_SCHEMA)] for path in paths]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Say that it is not known; nothing is decided by it, as a file is a task."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
+        """Return a task for each file."""
+        del parallelism, data_context
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(read, unknown, per_task_row_limit=per_task_row_limit) for read in self._reads]
 
 
-def _read_epoch(epoch: int) -> Iterable[pa.Table]:
-    rows = ray.train.get_dataset_shard(_dataset(epoch))
+def _read(home_uri: str, paths: Sequence[str]) -> Iterable[pa.Table]:
+    """Read files one after the other in one execution."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    # It would end a run whose steps take long: for half an hour no block may be asked for. `_STARVED_S` watches instead.
+    context.execution_no_progress_timeout_s = -1
+    files = ray.data.read_datasource(
+        _Files(Home.at(home_uri), paths), num_cpus=READ_CPUS, concurrency=_READERS, override_num_blocks=len(paths)
+    )
     return cast(
-        "Iterable[pa.Table]", rows.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
+        "Iterable[pa.Table]", files.iter_batches(batch_size=_READ_BATCH, batch_format="pyarrow", prefetch_batches=2)
     )
 
 
-def _in_order(batches: Iterable[pa.Table], indices: Sequence[int], *, skip: int) -> Iterator[Group]:
+def _in_order(batches: Iterable[pa.Table], indices: Iterator[int], *, skip: int) -> Iterator[Group]:
     """Yield the groups of a stream behind the first `skip`, and refuse one that is not in the order which was asked for."""
     at = 0
     for table in batches:
         found = table["row_index"].to_pylist()
-        if found != indices[at : at + len(found)]:
-            wanted = [*indices[at : at + len(found)], None]
-            index, other = next((f, w) for f, w in zip(found, wanted, strict=False) if f != w)
+        wanted = list(itertools.islice(indices, len(found)))
+        if found != wanted:
+            index, other = next((f, w) for f, w in zip(found, [*wanted, None], strict=False) if f != w)
             msg = f"the stream delivered row {index} where row {other} was expected"
             raise DataError(msg)
         yield from groups_of_table(table.slice(max(skip - at, 0)))

@@ -66,7 +66,7 @@ from ray_jobs.progress import Meter
 from ray_jobs.recorder import REFUSALS, StepRecorder
 from ray_jobs.rendezvous import NodeTorchConfig
 from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
-from ray_jobs.stream import READ_CPUS, epoch_datasets, stream_config
+from ray_jobs.stream import READ_CPUS
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
     EXPORT,
@@ -343,8 +343,6 @@ def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
         ),
-        datasets=epoch_datasets(home, task.files, seed=task.section.seed, epochs=task.epochs),
-        dataset_config=stream_config(),
         run_config=RunConfig(
             # Ray's own snapshot of a run is not written atomically, so no attempt ever reads another's.
             name=f"{task.identity.run_id}-{attempt}",
@@ -552,8 +550,8 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     if memory := result.reference_memory:
         mb = {name: count / 1e6 for name, count in memory.items()}
         console.print(
-            f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers "
-            f"and {mb['peak']:.4g} MB while it computes (largest layer {mb['largest']:.4g} MB), no optimizer",
+            f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers, "
+            f"{mb['loading']:.4g} MB while it loads and {mb['peak']:.4g} MB while it computes (largest layer {mb['largest']:.4g} MB), no optimizer",
             highlight=False,
         )
     console.print(

@@ -291,7 +291,10 @@ class _Whole:
         """Stop to measure what a reference takes: the steps are alike."""
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of a reference in slices: `total`, the most that a worker held and at its peak, `largest` layer."""
+        """Return the bytes of a reference in slices: `total`, the `largest` layer, and the most that a worker `held`.
+
+        At its peak it held more: while it was `loading`, and whenever it computed (`peak`).
+        """
         return {}
 
     merge = staticmethod(merged)
@@ -321,6 +324,7 @@ class _Sliced(_Whole):
         self._dtype = DTYPES[_dtype(task.section)]
         self.merge = partial(zero.merge_in_slices, dtype=self._dtype)
         self._held: Any = None
+        self._loading: list[int] = []
 
     def _wanted(self, name: str) -> bool:
         """Only the first worker reads weights."""
@@ -354,7 +358,8 @@ class _Sliced(_Whole):
         """Load a model that only scores, slice by slice."""
         section = self.task.section
         on_cpu = "reference" in section.offload
-        read = partial(self._zero.load_in_slices, on_cpu=on_cpu)
+        self._loading = []
+        read = partial(self._zero.load_in_slices, on_cpu=on_cpu, watch=self._loading.append)
         loaded = load_model(self.task.home(), model_id, dtype=dtype, read=read, wanted=self._wanted)
         model = ScoringModel(loaded.model, agreement=agreement, backend=section.attention)
         require_packable(model.plain_because, model_id)
@@ -370,15 +375,20 @@ class _Sliced(_Whole):
             self._held.close()
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of a reference in slices: `total`, the most that a worker held and at its peak, `largest` layer."""
+        """Return the bytes of a reference in slices: `total`, the `largest` layer, and the most that a worker `held`.
+
+        At its peak it held more: while it was `loading`, and whenever it computed (`peak`).
+        """
         if self._held is None:
             return {}
         held = self._held
-        rows = self.workers.gather([(held.slices, held.peak)])
+        rows = self.workers.gather([(held.slices, max(self._loading), held.peak)])
+        slices, loading, peaks = zip(*rows, strict=True)
         return {
             "total": held.total,
-            "held": max(slices for slices, _ in rows),
-            "peak": max(peak for _, peak in rows),
+            "held": max(slices),
+            "loading": max(loading),
+            "peak": max(peaks),
             "largest": held.largest,
             "workers": self.workers.size,
         }
@@ -452,7 +462,12 @@ class SharedSteps:
         if first:
             section = task.section
             steps = read_ahead(
-                task.files, seed=section.seed, epochs=task.epochs, batch_pairs=section.batch_pairs, skip=self._skip
+                task.home_uri,
+                task.files,
+                seed=section.seed,
+                epochs=task.epochs,
+                batch_pairs=section.batch_pairs,
+                skip=self._skip,
             )
         for number in range(self._skip, task.total_steps):
             step = next(steps, None) if first else None

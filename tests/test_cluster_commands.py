@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from app.config import load_recipe
 from app.ledger import AuditRow, Ledger, RunRow, RunStepRow
 from app.storage import Home
 from tests.conftest import free_ports
@@ -322,6 +324,65 @@ def test_every_job_of_the_product_succeeds_from_a_client_in_another_environment(
     claim(
         "three bare machines that share an object store and PostgreSQL, made by cluster.yaml's setup and start commands as they stand: every job succeeds from a client elsewhere",
         figure=f"{len(ended)} jobs: {', '.join(ended)}",
+    )
+
+
+def test_the_commands_for_eight_nodes_are_those_of_these_three(cluster, project, tmp_path, claim):
+    """But for what a cloud does: machines are started and files brought otherwise here, and the run takes two workers."""
+    prepare, use = blocks("docs/cluster.md", "Eight nodes on AWS")
+    settle, (status, *more), (import_, *rest), (submit, *others) = (
+        [line.partition("  #")[0].strip() for line in (*prepare, *use) if begins(line)]
+        for begins in (
+            lambda line: line.startswith("mkdir"),
+            lambda line: line.startswith("ray exec") and "ray status" in line,
+            lambda line: line.startswith("ray exec") and "ray status" not in line,
+            lambda line: line.startswith("prefloop "),
+        )
+    )
+    assert more == rest == others == []
+    left = {" ".join(line.split()[:2]) for line in (*prepare, *use)} - {"mkdir -p", "ray exec", "prefloop jobs"}
+    # The first is one of cluster.yaml's setup commands, the second is for a person.
+    by_cloud = {"ray up", "ray dashboard", "ray rsync-up", "ray down"}
+    assert left == {"bash deploy/setup-node.sh", '"${EDITOR:-vi}" ~/.prefloop.env', *by_cloud}
+
+    tools = f"{Path(sys.executable).parent}:{BARE['PATH']}"
+    bash(f"export PATH={tools}; {settle[0]}", tmp_path, cwd=ROOT)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o77 == 0
+    assert (tmp_path / ".prefloop.env").stat().st_mode & 0o77 == 0
+
+    def on_the_head(command: str, given: str = "") -> str:
+        inner = command.removeprefix("ray exec cluster.yaml '").removesuffix("'")
+        told = subprocess.run(
+            cluster.head.command("bash", "-c", inner),
+            env=BARE | {"HOME": str(cluster.root / "head")},
+            input=given, capture_output=True, text=True, timeout=JOB_S, check=False,
+        )  # fmt: skip
+        assert told.returncode == 0, f"{command}: {told.stdout[-3000:]}{told.stderr[-3000:]}"
+        return told.stdout
+
+    active = on_the_head(status).partition("Active:")[2].partition("Pending:")[0]
+    assert sum(map(int, re.findall(r"^ *(\d+) ", active, re.MULTILINE))) == len(cluster.machines)
+    words = [(prompt, WORDS[number % len(WORDS)]) for number, prompt in enumerate(prompts(64, "mine"))]
+    rows = ({"prompt": prompt, "chosen": f"{word}!", "rejected": f"{word}."} for prompt, word in words)
+    on_the_head("cat > /tmp/pairs.jsonl", "\n".join(map(json.dumps, rows)))
+    on_the_head(import_)
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    del recipe["collect"]
+    section = (ROOT / "docs/cluster.md").read_text().partition("## Eight nodes on AWS")[2]
+    said = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    written = project / "recipes" / "mine.yaml"
+    written.write_text(yaml.safe_dump(recipe | {k: recipe.get(k, {}) | v for k, v in said.items()}))
+    assert load_recipe(written).workers.workers == 8 * 4
+    mine = recipe | {"train": recipe["train"] | said["train"], "name": "mine"}
+    for rule in EASY:
+        mine["evaluate"]["gate"]["rules"][rule.rpartition(".")[2]] = None
+    written.write_text(yaml.safe_dump(mine))
+    told = cluster.jobs(*shlex.split(submit)[2:])
+    assert told.returncode == 0, f"{told.stdout[-4000:]}{told.stderr[-2000:]}"
+    assert "reference in slices" in told.stdout
+    claim(
+        "the commands of docs/cluster.md for eight nodes that are not a cloud's, on three bare machines: import on the head, a round from a client, policy and reference in slices",
+        figure=f"{len([*settle, status, import_, submit])} commands",
     )
 
 

@@ -19,6 +19,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -65,6 +66,10 @@ def join(device: torch.device, *, count: Callable[[int], None]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, dist_init_required=False)
+    # DeepSpeed would make this clone of the group of all workers itself, in which they wait half an hour for one another.
+    everyone: Any = torch.distributed.distributed_c10d._get_default_group()
+    timeout = everyone._get_backend(device).options._timeout
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     backend_of_torch = deepspeed.comm.comm.cdb
     for name, (given, place) in _COLLECTIVES.items():
         setattr(backend_of_torch, name, _counted(getattr(backend_of_torch, name), given, place, count))
@@ -207,6 +212,7 @@ def frozen_in_slices(model: ScoringModel, *, on_cpu: bool = False) -> ScoringMod
     if _slice(next(model.parameters())).dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+    assert not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3), "moments and gradients of what never trains"  # noqa: S101
     return cast("ScoringModel", engine.module)
 
 
@@ -216,8 +222,31 @@ def keep_head(model: ScoringModel) -> None:
         deepspeed.zero.register_external_parameter(model.head, parameter)
 
 
+class _Slicing(deepspeed.zero.Init):  # type: ignore[misc]  # DeepSpeed has no annotations
+    """Slices a model while it is made, module by module, and says what that takes."""
+
+    def __init__(self, settings: Mapping[str, Any], watch: Callable[[int], None]) -> None:
+        super().__init__(config_dict_or_path=settings, tensor_overrides=[_DEVICE])
+        self._watch, self._slices = watch, 0
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        made: list[Any] = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_tensor")]
+        self._watch(self._slices + sum(p.nbytes for p in made))
+        super()._post_init_method(module)
+        self._slices += sum(p.ds_tensor.nbytes for p in made)
+
+
+def _unwatched(_: int) -> None:
+    """Nobody wants to know."""
+
+
 def load_in_slices(
-    folder: Path, dtype: torch.dtype, *, on_cpu: bool = False, rounded: torch.dtype | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    on_cpu: bool = False,
+    rounded: torch.dtype | None = None,
+    watch: Callable[[int], None] = _unwatched,
 ) -> PreTrainedModel:
     """Load the weights of a model folder so that no worker ever holds more than its slices and one tensor beside them.
 
@@ -230,6 +259,7 @@ def load_in_slices(
         dtype: of the slices.
         on_cpu: the slices wait in the memory of the CPU.
         rounded: a type that values are rounded to, though they lie in `dtype`.
+        watch: told of the bytes of parameters on this worker whenever some of them are whole.
 
     Raises:
         ModelError: the files do not hold exactly the tensors of the model, or differ where it has one.
@@ -239,7 +269,7 @@ def load_in_slices(
     # Sliced as it is made, layer by layer; the random numbers that a new model begins with are never drawn. The type goes
     # by the settings: `Init(dtype=…)` is overruled by bf16 where there is no fp16 (`_set_dtype`, a missing parenthesis).
     # Buffers keep the type that the model gives them.
-    with deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=[_DEVICE]), no_init_weights():
+    with _Slicing(settings, watch), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     # Under `Init` a head is made apart from its embedding.
     model.tie_weights()
@@ -259,8 +289,10 @@ def load_in_slices(
             found: Tensor = file.get_tensor(name)
             return found
 
+    slices = sum(_slice(parameter).nbytes for parameter in parameters.values())
     for name, parameter in parameters.items():
         with gathered([parameter], changed=True):
+            watch(slices + parameter.nbytes)
             if first:
                 parameter.data.copy_(stored(name) if rounded is None else stored(name).to(rounded))
     for name, buffer in buffers.items():

@@ -345,16 +345,12 @@ def test_more_workers_read_no_more_of_a_snapshot_and_make_no_more_collectives(da
     assert [layout.workers for layout in whole] == [1, 2, 4, 8]
     assert [layout.workers for layout in sliced] == [1, 2, 4]
     read = [layout.read_by_stream for layout in found]
-    assert 0 < max(read) <= 1.05 * min(read), (
-        "a file of some kilobytes is read more than once: for its end, for its columns"
-    )
+    assert read == [pytest.approx(1.0, abs=0.05)] * len(found)
     assert whole[0].collectives == 0
     assert len({layout.collectives for layout in whole[1:]}) == 1
     # As many as a rank has micro-batches, which are fewer where there are more ranks.
     assert min(layout.collectives for layout in sliced[1:]) > whole[1].collectives, "weights are gathered"
-    seconds = {(layout.workers, layout.threads): layout.step_seconds for layout in whole}
-    assert overhead(found) == pytest.approx(seconds[2, 1] / seconds[1, 2] - 1)
     claim(
-        "as much is read of a snapshot with 1, 2, 4 and 8 workers, in as many collectives a step",
-        figure=f"{', '.join(f'{share:.2f}' for share in read)} times a small file; {whole[1].collectives:.0f} collectives, {sliced[1].collectives:.0f} with weights in slices on two workers",
+        "as much is read of a snapshot with 1, 2, 4 and 8 workers; a step of 2, 4 and 8 makes as many collectives, of one none",
+        figure=f"{', '.join(f'{share:.2f}' for share in read)} times the file; {whole[1].collectives:.0f} collectives, {sliced[1].collectives:.0f} with weights in slices on two workers; two workers with a thread each over one with two: {overhead(found):+.0%} (a tiny model)",
     )

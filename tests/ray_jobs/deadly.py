@@ -7,6 +7,7 @@ unwinds and nothing is flushed.
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,22 @@ def arm(place: Any, name: str, number: int, before: bool, marker: Path) -> None:
         return found
 
     setattr(place, name, called)
+
+
+def stuck(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    token_counts: Tensor,
+    mean_tokens: float,
+    *,
+    marker: str,
+) -> Losses:
+    """Score as `dpo` does; the second worker goes to sleep for good in its fifth call, once in a run."""
+    if dist.get_rank() == 1:
+        _armed.append("")
+        if len(_armed) == 5 and not Path(marker).exists():
+            Path(marker).touch()
+            time.sleep(3600)
+    return dpo(policy_logps, reference_logps, chosen, rejected, token_counts, mean_tokens)

@@ -16,6 +16,8 @@ from ray_jobs.worker import DistributedWorkers, SharedSteps, TrainTask
 
 _EVERY = 20
 """Steps between two looks at memory."""
+LONG_STEP_S = 8.0
+_LONG_STEP = 50
 
 
 def step_line(names: Sequence[str]) -> bytes:
@@ -34,6 +36,8 @@ def read_stream(settings: dict[str, Any]) -> None:
         asked = time.perf_counter()
         groups = next(steps)
         waits.append(time.perf_counter() - asked)
+        if number == _LONG_STEP:
+            time.sleep(LONG_STEP_S)
         rows += len(groups)
         digest.update(step_line([group.group_id for group in groups]))
         if number % _EVERY == 0:

@@ -74,22 +74,21 @@ def workers_hit(
         return True
 
     def run() -> None:
-        known = 0.0
         for number in range(count):
             reached = newest_step(ledger, run_id) + draw.randint(1, 6)
             if not until(lambda reached=reached: newest_step(ledger, run_id) >= reached and len(train_workers()) > 1):
                 return
             ended.wait(draw.uniform(0, 0.5))
+            done = newest_step(ledger, run_id)
             hits.times.append(time.time())
             do(draw.choice(train_workers()))
             if not until(lambda number=number: len(failures(ledger, run_id)) > number):
                 return
-            known = failures(ledger, run_id)[number]
-            hits.noticed.append(known - hits.times[-1])
-            # What the checkpoint's steps had measured is reported again first; that comes from the new workers too.
-            if not until(lambda known=known: last_report(ledger, run_id) > known):
+            hits.noticed.append(failures(ledger, run_id)[number] - hits.times[-1])
+            # What the checkpoint's steps had measured is reported again first, and steps since then are done again.
+            if not until(lambda done=done: newest_step(ledger, run_id) > done):
                 return
-            hits.going_on.append(last_report(ledger, run_id) - hits.times[-1])
+            hits.going_on.append(first_report(ledger, run_id, beyond=done) - hits.times[-1])
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -105,10 +104,10 @@ def newest_step(ledger: Ledger, run_id: str) -> int:
         return session.scalar(sa.select(sa.func.max(RunStepRow.step)).where(RunStepRow.run_id == run_id)) or 0
 
 
-def last_report(ledger: Ledger, run_id: str) -> float:
+def first_report(ledger: Ledger, run_id: str, *, beyond: int) -> float:
     with ledger.read() as session:
-        query = sa.select(RunStepRow.created_at).where(RunStepRow.run_id == run_id)
-        return max((at.timestamp() for at in session.scalars(query)), default=0.0)
+        query = sa.select(RunStepRow.created_at).where(RunStepRow.run_id == run_id, RunStepRow.step > beyond)
+        return min(at.timestamp() for at in session.scalars(query))
 
 
 def failures(ledger: Ledger, run_id: str) -> list[float]:
@@ -248,6 +247,30 @@ def test_a_worker_that_stalls_is_given_up_and_the_run_ends_as_an_unbroken_one(lo
         f"a worker that stalls is given up after its time limit (here {stall_s} s) and at most 10 s more",
         figure=f"{max(noticed):.1f} s",
         seed=SEED,
+    )
+
+
+def test_workers_wait_for_one_that_hangs_no_longer_than_a_collective_may_take(
+    short_run,
+    stage,  # noqa: F811
+    tmp_path,
+    claim,
+    monkeypatch,
+):
+    """It answers when Ray asks if it is alive; only its step does not go on."""
+    home, ledger, _, snapshot_id, sft = stage
+    wait_s = 10
+    monkeypatch.setattr("ray_jobs.train.COLLECTIVE_TIMEOUT_S", wait_s)
+    marker = tmp_path / "stuck"
+    recipe = recipe_of(sft, objective="tests.ray_jobs.deadly:stuck", options={"marker": str(marker)})
+    result = train(home, ledger, recipe, snapshot_id, run_id="stuck")
+    [failed] = failures(ledger, "stuck")
+    noticed = failed - marker.stat().st_mtime
+    assert noticed <= wait_s + 10
+    assert same_weights(home, result.model, short_run.model)
+    claim(
+        f"a worker that hangs in a step is given up after the time limit of a collective (here {wait_s} s) and at most 10 s more",
+        figure=f"{noticed:.1f} s",
     )
 
 
@@ -414,4 +437,6 @@ def test_what_cannot_work_is_refused_within_half_a_minute_in_one_message(short_r
         ask(stage, tmp_path)
     took = time.monotonic() - began
     assert took <= REFUSED_S
-    claim(f"refused within 30 s: {ask.__name__.replace('_', ' ')}", figure=f"{took:.1f} s")
+    size = sum(part.stat().st_size for part in parts_of(stage[0])) if ask in (lost_part, changed_part) else 0
+    of = f", a snapshot of {size / 1000:.0f} kB" if size else ""
+    claim(f"refused within 30 s: {ask.__name__.replace('_', ' ')}", figure=f"{took:.1f} s{of}")

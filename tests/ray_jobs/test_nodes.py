@@ -14,12 +14,14 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util.state import list_actors
 
+from app.errors import TrainingError
 from app.ledger import Ledger, RunStepRow
 from ray_jobs.train import train
 from tests.ray_jobs.test_train import recipe_for, stage, steps_of, weights_of  # noqa: F401  fixtures
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
-EPOCHS = 16
+EPOCHS = 28
+"""So many that a run is not over when a node goes half a minute after its first steps."""
 NODES = 3
 
 
@@ -116,9 +118,52 @@ def test_a_run_that_loses_the_node_of_a_worker_goes_on_on_another(nodes, unbroke
     )
 
 
-def test_a_node_that_is_taken_away_with_notice_leaves_a_checkpoint_of_its_own(nodes, stage, claim):  # noqa: F811
+def test_a_run_that_loses_a_node_which_nothing_replaces_ends_in_bounded_time_and_goes_on_when_there_is_one(
+    nodes,
+    unbroken,
+    stage,  # noqa: F811
+    claim,
+    monkeypatch,
+):
+    home, ledger, _, snapshot_id, sft = stage
+    start_s = 5
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_s))
+    lost: list[float] = []
+
+    def lose() -> None:
+        own = set(worker_nodes())
+        lost.append(time.time())
+        # One stays, and none has room for the other worker.
+        for node in [n for n in nodes.worker_nodes if n.node_id not in own] + [
+            n for n in nodes.worker_nodes if n.node_id in own
+        ][:1]:
+            nodes.remove_node(node, allow_graceful=False)
+
+    with (
+        after_steps(ledger, "node-gone", 5, lose),
+        pytest.raises(TrainingError, match=r"not enough resources|could not be scheduled|timed out"),
+    ):
+        train(home, ledger, recipe_of(sft), snapshot_id, run_id="node-gone")
+    ended = time.time() - lost[0]
+    assert ended <= 60 + 4 * start_s
+    for _ in range(2):
+        nodes.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    nodes.wait_for_nodes()
+    done = len(steps_of(ledger, "node-gone"))
+    result = train(home, ledger, recipe_of(sft), snapshot_id, run_id="node-gone")
+    ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    claim(
+        f"a run that loses a node which nothing replaces ends after four times the time limit (here {start_s} s) and at most 60 s more; the same command ends it with the bits of an unbroken run",
+        figure=f"ended after {ended:.0f} s, {done} steps done",
+    )
+
+
+def test_a_node_that_is_taken_away_with_notice_leaves_a_checkpoint_of_its_own(nodes, unbroken, stage, claim):  # noqa: F811
     home, ledger, _, snapshot_id, sft = stage
     drained: list[int] = []
+    began: list[float] = []
+    first: list[float] = []
     notice_s = 20
 
     def drain() -> None:
@@ -127,14 +172,18 @@ def test_a_node_that_is_taken_away_with_notice_leaves_a_checkpoint_of_its_own(no
         client = GcsClient(address=nodes.address)
         taken, why = client.drain_node(node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot instance", deadline)
         assert taken, why
-        drained.append(len(steps_of(ledger, "preempted")))
+        began.append(time.time())
+        known = steps_of(ledger, "preempted")
+        drained.append(len(known))
+        first.extend(step["seconds"] for step in known[:5])
         time.sleep(notice_s)
         [node] = [node for node in nodes.worker_nodes if node.node_id == node_id]
         nodes.remove_node(node, allow_graceful=False)
 
     # Only the notice makes a checkpoint.
     recipe = recipe_of(sft, checkpoint_every=10_000)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 60})})
+    # What is done again after a node went with notice is no failure.
+    recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"max_failures": 0})})
     with after_steps(ledger, "preempted", 5, drain):
         result = train(home, ledger, recipe, snapshot_id, run_id="preempted")
     nodes.add_node(num_cpus=2, object_store_memory=80 * 2**20)
@@ -144,8 +193,14 @@ def test_a_node_that_is_taken_away_with_notice_leaves_a_checkpoint_of_its_own(no
     names = home.names("runs/preempted/checkpoints")
     saved = [int(name.split("-")[1]) for name in names]
     assert len(saved) == 2, "one for the notice, one at the end"
+    assert len({name.rpartition("-")[2] for name in names}) == 2, "it was over before the node went"
     assert drained[0] <= saved[0] < saved[1] == result.steps
+    assert [s["seconds"] for s in steps[:5]] == first, "it began anew: a step that is done again takes another time"
+    ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    took = (home.local("runs", "preempted", "checkpoints", names[0]) / "manifest.json").stat().st_mtime - began[0]
+    assert took <= notice_s
     claim(
-        "a preemption notice, looked for every 5 s, makes a checkpoint between the recipe's own",
-        figure=f"notice after step {drained[0]}, checkpoint at step {saved[0]}",
+        "a node taken away with 20 s notice: a checkpoint of its own before it goes, and the run ends with the bits of an unbroken one, without a failure counted",
+        figure=f"notice after step {drained[0]}, checkpoint of step {saved[0]} there after {took:.1f} s",
     )

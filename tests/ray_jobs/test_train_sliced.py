@@ -51,6 +51,7 @@ def test_two_workers_with_slices_train_like_one_process(unbroken, stage):  # noq
     assert memory["workers"] == 2
     assert memory["held"] <= memory["total"] / 2 + 64
     assert memory["held"] < memory["peak"] <= memory["held"] + memory["largest"]
+    assert memory["held"] < memory["loading"] <= memory["held"] + memory["largest"]
     assert unbroken.learning.pairs == sum(1 + i % 2 for i in range(40, 48))
 
 

@@ -1,7 +1,8 @@
 """The rows of a train worker: read ahead by a thread, waited for no longer than is told, and passed over undecoded."""
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from app.schemas import TRAINING_SCHEMA, Split
 from app.storage import read_parquet
 from app.training.checkpoints import RunIdentity
 from app.training.engine import SingleWorker
-from app.training.snapshots import SHUFFLE_WINDOW, TrainFile, count_steps, epoch_files, to_row, train_files
+from app.training.snapshots import SHUFFLE_WINDOW, count_steps, epoch_files, to_row, train_files
 from app.training.tokenization import Group
 from ray_jobs import stream
 from ray_jobs.worker import SharedSteps, TrainTask, _few, _longest
@@ -43,21 +44,26 @@ def task(home) -> TrainTask:
 
 
 @pytest.fixture
-def read(task, monkeypatch) -> list[int]:
-    """The epochs that were read; their rows come from the files without Ray."""
-    epochs: list[int] = []
+def read(task, monkeypatch) -> list[str]:
+    """The files that were read, in their order; their rows come without Ray, five at a time whatever the files."""
+    read: list[str] = []
 
-    def rows(epoch: int) -> Iterator[pa.Table]:
-        epochs.append(epoch)
-        for file in epoch_files(task.files, seed=0, epoch=epoch):
-            yield from map(pa.Table.from_batches, zip(table_of(task, file).to_batches(max_chunksize=5), strict=True))
+    def rows(home_uri: str, paths: Sequence[str]) -> Iterator[pa.Table]:
+        read.extend(paths)
+        whole = pa.concat_tables(table_of(task, path) for path in paths).combine_chunks()
+        yield from map(pa.Table.from_batches, zip(whole.to_batches(max_chunksize=5), strict=True))
 
-    monkeypatch.setattr(stream, "_read_epoch", rows)
-    return epochs
+    monkeypatch.setattr(stream, "_read", rows)
+    return read
 
 
-def table_of(task: TrainTask, file: TrainFile) -> pa.Table:
-    return read_parquet(task.home().filesystem, file.path, TRAINING_SCHEMA)
+def table_of(task: TrainTask, path: str) -> pa.Table:
+    return read_parquet(task.home().filesystem, path, TRAINING_SCHEMA)
+
+
+def paths_of(task: TrainTask) -> list[str]:
+    """The files of all epochs, in their order."""
+    return [f.path for epoch in range(task.epochs) for f in epoch_files(task.files, seed=0, epoch=epoch)]
 
 
 def steps_of(task: TrainTask, *, skip: int) -> list[list[str]]:
@@ -67,10 +73,23 @@ def steps_of(task: TrainTask, *, skip: int) -> list[list[str]]:
 def test_a_run_that_goes_on_gets_the_steps_that_are_left_and_reads_no_epoch_before_them(task, read):
     whole = steps_of(task, skip=0)
     assert len(whole) == task.total_steps
+    assert read == paths_of(task)
     for done in range(task.total_steps):
         read.clear()
         assert steps_of(task, skip=done) == whole[done:]
-        assert read[0] == sum(map(len, whole[:done])) // 30
+        assert read == paths_of(task)[len(task.files) * (sum(map(len, whole[:done])) // 30) :]
+
+
+def test_a_run_that_goes_on_reads_no_file_of_windows_that_are_done(task, read, monkeypatch):
+    monkeypatch.setattr(stream, "SHUFFLE_WINDOW", 8)
+    whole = steps_of(task, skip=0)
+    sizes = {file.path: len(file.judgements) for file in task.files}
+    for done in range(task.total_steps):
+        read.clear()
+        assert steps_of(task, skip=done) == whole[done:]
+        epoch, passed = divmod(sum(map(len, whole[:done])), 30)
+        needed, ends = passed // 8 * 8, list(itertools.accumulate(map(sizes.__getitem__, paths_of(task))))
+        assert read == [path for path, end in zip(paths_of(task), ends, strict=True) if end > 30 * epoch + needed]
 
 
 def test_windows_that_are_done_are_not_decoded(task, read, monkeypatch):
@@ -91,7 +110,7 @@ def test_windows_that_are_done_are_not_decoded(task, read, monkeypatch):
 
 def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
     held = threading.Event()
-    monkeypatch.setattr(stream, "_read_epoch", lambda epoch: iter(held.wait, True))
+    monkeypatch.setattr(stream, "_read", lambda home_uri, paths: iter(held.wait, True))
     monkeypatch.setattr(stream, "_STARVED_S", 0.2)
     with pytest.raises(DataError, match=r"no row was read for 0 s[\s\S]*taken by other jobs"):
         steps_of(task, skip=0)
@@ -116,6 +135,6 @@ def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(ta
 
 
 def test_a_stream_in_another_order_is_refused(task, monkeypatch):
-    monkeypatch.setattr(stream, "_read_epoch", lambda epoch: (table_of(task, file) for file in reversed(task.files)))
+    monkeypatch.setattr(stream, "_read", lambda home_uri, paths: (table_of(task, path) for path in reversed(paths)))
     with pytest.raises(DataError, match=r"delivered row \d+ where row \d+ was expected"):
         steps_of(task, skip=0)

@@ -171,7 +171,7 @@ def test_a_damaged_file_is_noticed_named_and_the_checkpoint_before_is_used(start
 
 
 @pytest.mark.parametrize("kind", ["state-00000.safetensors", "manifest.json"])
-def test_a_file_that_is_gone_or_another_checkpoints_is_noticed(start, home, kind):
+def test_a_file_that_is_gone_or_another_checkpoints_is_noticed(start, home, kind, claim):
     train(start, home)
     before, newest = names(home)
     path = folder(home, newest) / kind
@@ -184,9 +184,13 @@ def test_a_file_that_is_gone_or_another_checkpoints_is_noticed(start, home, kind
     # A folder without a manifest is no checkpoint, as one that was never completed.
     assert gone.step == len(STEPS) - 1
     assert len(gone.skipped) == (kind != "manifest.json")
+    claim(
+        f"a checkpoint whose {kind} is gone or another checkpoint's is passed over, and the one before is used",
+        figure="2 of 2",
+    )
 
 
-def test_nothing_is_read_of_a_checkpoint_that_another_key_signed(start, home, monkeypatch):
+def test_nothing_is_read_of_a_checkpoint_that_another_key_signed(start, home, monkeypatch, claim):
     train(start, home, until=1)
     engine = engine_of(build_policy(start(), SECTION), SECTION)
     monkeypatch.setenv("PREFLOOP_SIGNING_KEY", "another key of somebody else, 32 characters")
@@ -198,9 +202,10 @@ def test_nothing_is_read_of_a_checkpoint_that_another_key_signed(start, home, mo
     ):
         Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
     assert opened == []
+    claim("nothing is opened of a checkpoint that another key signed", figure=f"{len(opened)} files")
 
 
-def test_a_manifest_without_a_signature_is_skipped(start, home):
+def test_a_manifest_without_a_signature_is_skipped(start, home, monkeypatch, claim):
     train(start, home, until=2)
     name = names(home)[-1]
     path = folder(home, name) / "manifest.json"
@@ -208,8 +213,13 @@ def test_a_manifest_without_a_signature_is_skipped(start, home):
     del manifest["signature"]
     path.write_text(json.dumps(manifest))
     engine = engine_of(build_policy(start(), SECTION), SECTION)
+    opened, real = [], checkpoints.safe_open
+    monkeypatch.setattr(checkpoints, "safe_open", lambda path, **how: opened.append(str(path)) or real(path, **how))
     resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
     assert (resumed.step, name in resumed.skipped[0]) == (1, True)
+    assert opened
+    assert not [path for path in opened if name in path]
+    claim("nothing is opened of a checkpoint without a signature, and the one before is used", figure="1 of 1")
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_begins_again(start, home):
@@ -444,10 +454,10 @@ class Sliced:
     """An engine of which every rank keeps a part."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.read = rank, ""
+        self.value, self.read = float(rank), []
 
     def state(self):
-        return {"w": torch.full((3,), float(self.rank))}
+        return {"w": torch.full((3,), self.value)}
 
     def ranks_to_read(self, ranks):
         return range(ranks)
@@ -472,6 +482,50 @@ def test_ranks_leave_receipts_and_the_first_one_signs_for_all(home):
     [name] = names(home)
     manifest = home.artifact("runs/run/checkpoints", name).manifest()
     assert sorted(manifest["files"]) == ["state-00000.safetensors", "state-00001.safetensors"]
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def of_the_other_rank(path: Path) -> None:
+    [other] = [file for file in path.parent.glob("state-*") if file != path]
+    path.write_bytes(other.read_bytes())
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(truncated(path.read_bytes(), random.Random(0)))
+
+
+def changed(path: Path) -> None:
+    path.write_bytes(flipped(path.read_bytes(), random.Random(0)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("harm", [cut_short, changed, gone, of_the_other_rank])
+def test_a_damaged_part_of_any_rank_sends_all_of_them_to_the_checkpoint_before(home, rank, harm, claim):
+    threads = Threads(2)
+
+    def work(number: int):
+        kept = Checkpoints(home, IDENTITY, threads.rank(number))
+        engine = Sliced(number)
+        for step in (4, 5):
+            engine.value += 10
+            kept.save(engine, step=step)
+            kept.finish()
+        threads.barrier.wait()
+        if number == 0:
+            harm(folder(home, names(home)[-1]) / f"state-{rank:05d}.safetensors")
+        threads.barrier.wait()
+        resumed = kept.load_newest(engine)
+        return resumed.step, engine.read, len(resumed.skipped)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [(4, [10.0, 10.0, 10.0, 11.0, 11.0, 11.0], 1)] * 2
+    claim(
+        "a damaged part of any rank (cut short, changed, gone, another rank's): all ranks go on from the checkpoint before",
+        figure="2 of 2 ranks, each part",
+    )
 
 
 def test_a_receipt_that_nobody_signed_completes_nothing(home):

@@ -213,7 +213,7 @@ def test_three_ways_to_a_reference_train_the_same(start, grown):
             assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_end_the_run(start):
+def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_end_the_run(start, claim):
     groups = [replace(g, reference_logps=(-5.0,) * len(g.responses)) for g in make_groups(4)]
     bad = replace(groups[1], reference_logps=(math.nan,) * len(groups[1].responses))
     section = SECTION.model_copy(update={"reference": "precomputed"})
@@ -236,9 +236,13 @@ def test_rows_that_are_not_finite_are_named_and_skipped_and_three_steps_of_them_
     ):
         next(reports)
     assert all(torch.equal(after[n], p) for n, p in trainable(policy).items())
+    claim(
+        "a row that is not finite: no update, the row named, and the third such step in a row ends the run",
+        figure="4 of 4 steps",
+    )
 
 
-def test_a_row_that_is_not_finite_on_one_rank_stops_the_update_of_all(start):
+def test_a_row_that_is_not_finite_on_one_rank_stops_the_update_of_all(start, claim):
     groups = [replace(g, reference_logps=(-5.0,) * len(g.responses)) for g in make_groups(4)]
     groups[1] = replace(groups[1], reference_logps=(math.inf,) * len(groups[1].responses))
     section = SECTION.model_copy(update={"reference": "precomputed"})
@@ -255,6 +259,7 @@ def test_a_row_that_is_not_finite_on_one_rank_stops_the_update_of_all(start):
             )
         )
     assert found == [tuple(p.pair_id for p in groups[1].pairs)] * 2
+    claim("a row that is not finite on one rank stops the update of all", figure="2 of 2 ranks")
 
 
 def test_reference_scores_of_another_model_are_refused_before_the_first_step(start):

@@ -15,6 +15,7 @@ from app.models import Lineage, register_folder
 from tests.conftest import free_ports, write_tiny_model
 from tests.training.fork_server import fork_server
 from tests.training.start_rank import start_rank
+from tests.training.zero_ranks import TIMEOUT_S
 
 BUFFERS = 256
 """Bytes: frequencies of the rotary embedding, whole on every rank."""
@@ -102,21 +103,33 @@ def test_ten_steps_of_sgd_are_those_of_one_process_on_one_two_and_four_workers(
 ):
     """By SGD: AdamW's steps make of the noise of a sum what they make of the sum."""
     settings = settings_of(home, ledger, tmp_path, {**section, "sharding": sharding}, sgd=True, rate=1.0, steps=10)
-    (alone,), (still,) = run(tmp_path, 0, settings), run(tmp_path, 0, {**settings, "rate": 0.0})
+
+    def weights(world: int, **more) -> tuple[list[dict], torch.Tensor]:
+        folder = tmp_path / f"export-{world}-{len(more)}"
+        (place := folder / ("ranks" if world else "one")).mkdir(parents=True)
+        told = run(tmp_path, world, {**settings, **more, "export": str(folder)})
+        found = {name: tensor for path in place.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        return told, torch.cat([found[name].double().flatten() for name in sorted(found)])
+
+    ((alone,), trained), ((still,), start) = weights(0), weights(0, rate=0.0)
     moved = [abs(a[1] - b[1]) for a, b in zip(alone["held_out"], still["held_out"], strict=True)]
     assert max(moved) > 1e-3, "the steps change nothing"
     expected = [step[:2] for step in alone["steps"]]
     assert len(expected) == 10
-    apart = 0.0
+    apart, weights_apart = 0.0, 0.0
     for world in (1, 2, 4):
-        for rank in run(tmp_path, world, settings):
+        ranks, ended = weights(world)
+        # What ten steps of SGD add to the weights is their gradients, clipped, and nothing else.
+        weights_apart = max(weights_apart, float((ended - trained).norm() / (trained - start).norm()))
+        assert weights_apart <= 1e-5, world
+        for rank in ranks:
             for found, wanted in zip(rank["steps"], expected, strict=True):
                 assert found[:2] == pytest.approx(wanted, rel=1e-6), world
                 apart = max(apart, *(abs(a / b - 1) for a, b in zip(found, wanted, strict=False)))
     reference = section.get("reference", "precomputed")
     claim(
-        f"1, 2 and 4 workers, {section['adapter']}, reference {reference}, sharding {sharding}: loss and gradient of ten steps are those of one process",
-        figure=f"at most {apart:.1e} apart (SGD, float32)",
+        f"1, 2 and 4 workers, {section['adapter']}, reference {reference}, sharding {sharding}: loss, gradient norm and the sum of the gradients of ten steps are those of one process",
+        figure=f"at most {apart:.1e} apart, the sum {weights_apart:.1e} (SGD, float32)",
     )
 
 
@@ -147,6 +160,7 @@ def compare(home, ledger, tmp_path, world, section, **more):
         # Every forward gathers the slices of every weight.
         given = rank["collectives"]["collective_bytes"]
         assert given >= len(rank["steps"]) * rank["parameter_bytes"] / world, given
+        assert set(rank["timeouts"]) == {TIMEOUT_S}, "workers wait for one another for ever, or for another time"
         assert rank["packing"] < 1e-5
         for found, expected in zip(rank["steps"], alone["steps"], strict=True):
             numbers = [[math.inf if value is None else value for value in step[:4]] for step in (found, expected)]
@@ -161,6 +175,8 @@ def compare(home, ledger, tmp_path, world, section, **more):
             assert held["slices"] <= held["total"] / world * 1.01 + 64
             assert held["slices"] < held["peak"] <= held["slices"] + held["largest"]
             assert held["slices"] < held["loading"] <= held["slices"] + held["largest"] + BUFFERS
+            # What the run itself says, of parameters alone.
+            assert held["loading"] - BUFFERS <= held["watched"] <= held["slices"] + held["largest"]
     return alone, ranks
 
 

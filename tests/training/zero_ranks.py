@@ -5,6 +5,7 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from app.training.tokenization import Group, Preference
 from ray_jobs.worker import DistributedWorkers
 
 RATE = 1e-3
+TIMEOUT_S = 200.0
 
 
 def groups(count: int, *, seed: int = 1, reference: bool = True) -> list[Group]:
@@ -102,7 +104,7 @@ def main(rank: int, world: int, settings: dict) -> dict:
     if world:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S))
         workers = DistributedWorkers(device, sharded=sliced)
     else:
         workers = SingleWorker()
@@ -130,9 +132,12 @@ def main(rank: int, world: int, settings: dict) -> dict:
     offload = "optimizer" in section.offload
     engine = zero.Zero3(policy, **common, offload=offload) if sliced else Replicated(policy, **common)
     if section.reference == "sharded":
-        read = partial(zero.load_in_slices, on_cpu="reference" in section.offload) if sliced else None
+        watched: list[int] = []
+        read = partial(zero.load_in_slices, on_cpu="reference" in section.offload, watch=watched.append)
         loading = Loading()
-        other = ScoringModel(load_model(home, settings["reference"], dtype="float32", read=read, wanted=wanted).model)
+        other = ScoringModel(
+            load_model(home, settings["reference"], dtype="float32", read=read if sliced else None, wanted=wanted).model
+        )
         if sliced:
             other = zero.frozen_in_slices(other, on_cpu="reference" in section.offload)
         loaded = loading.end()
@@ -176,12 +181,15 @@ def main(rank: int, world: int, settings: dict) -> dict:
         if sliced:
             zero._FILE_BYTES = 40_000
             zero.save_in_slices(exported, None if rank else place, dtype=torch.float32)
-        else:
+        elif not rank:
             exported.model.save_pretrained(place)
     told["collectives"] = workers.told() if world else {}
+    if world:
+        groups_of_all = dist.distributed_c10d._world.pg_map
+        told["timeouts"] = [group._get_backend(device).options._timeout.total_seconds() for group in groups_of_all]
     told["parameter_bytes"] = sum(4 * getattr(p, "ds_numel", p.numel()) for p in start.model.parameters())
     told["held_out"] = [(row.pair_id, row.margin, row.chosen_logp) for row in measured.pairs]
     if sliced and section.reference == "sharded":
         told["reference"] = {name: getattr(held, name) for name in ("peak", "slices", "total", "largest")}
-        told["reference"]["loading"] = loaded
+        told["reference"] |= {"loading": loaded, "watched": max(watched)}
     return told
