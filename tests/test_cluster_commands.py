@@ -47,7 +47,7 @@ SILENT_S = 40
 END = "-- end of a command --"
 EASY = {f"evaluate.gate.rules.{rule}": "null" for rule in ("win_rate_champion", "win_rate_sft", "judged_prompts")}
 """After the first round nothing is left to win from the champion."""
-STEPS = 40
+STEPS = 60
 LONG = {
     "train.min_steps": STEPS,
     "train.max_steps": STEPS,
