@@ -53,7 +53,7 @@ from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import on_sealed, ship
 from ray_jobs.trackers import require_trackers
-from ray_jobs.train import print_learning, require_pairs, require_train_room, train, usable_rows
+from ray_jobs.train import print_measures, require_pairs, require_train_room, train, usable_rows
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -294,7 +294,7 @@ def _trained(
     home: Home, ledger: Ledger, recipe: Recipe, snapshot_id: str, run: LoopRun, console: Console
 ) -> dict[str, Any]:
     result = train(home, ledger, recipe, snapshot_id, run_id=f"{run.run_id}-train", console=console)
-    print_learning(console, result.learning)
+    print_measures(console, result)
     accuracy = result.learning.accuracy if isinstance(result.learning, Learning) else None
     return {
         "run": result.run_id,

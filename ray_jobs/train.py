@@ -515,12 +515,19 @@ def _cause(error: TrainingFailedError) -> str:
     return " ".join(named) or "unknown"
 
 
-def print_learning(console: Console, learning: Learning | Likelihood | None) -> None:
-    """Print the table that says whether the model learned from its pairs."""
-    if learning is None:
+def print_measures(console: Console, result: TrainResult) -> None:
+    """Print the table that says whether the model learned from its pairs, and what a reference in slices took."""
+    if result.learning is None:
         console.print("too little was held out: whether the model learned is not known", highlight=False)
-        return
-    console.print(learning.table(), highlight=False)
+    else:
+        console.print(result.learning.table(), highlight=False)
+    if memory := result.reference_memory:
+        mb = {name: count / 1e6 for name, count in memory.items()}
+        console.print(
+            f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers, "
+            f"{mb['loading']:.4g} MB while it loads and {mb['peak']:.4g} MB while it computes (largest layer {mb['largest']:.4g} MB), no optimizer",
+            highlight=False,
+        )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -546,14 +553,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"
         console.print(f"run [bold]{run_id}[/bold]; interrupted, it continues with --run {run_id}", highlight=False)
         result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
-    print_learning(console, result.learning)
-    if memory := result.reference_memory:
-        mb = {name: count / 1e6 for name, count in memory.items()}
-        console.print(
-            f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers, "
-            f"{mb['loading']:.4g} MB while it loads and {mb['peak']:.4g} MB while it computes (largest layer {mb['largest']:.4g} MB), no optimizer",
-            highlight=False,
-        )
+    print_measures(console, result)
     console.print(
         f"run {result.run_id}: {result.steps} steps, learning rate up to {result.learning_rate:.3g}, model [bold]{result.model.model_id}[/bold]",
         highlight=False,
