@@ -324,6 +324,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = _ROUNDS,
     model: Annotated[str, typer.Option(help="`embedded`, a folder, a URI or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
+    only: Annotated[
+        Literal["online", "cached", "headline"] | None, typer.Option(help="The only part that is measured.")
+    ] = None,
+    targets: Annotated[
+        Literal["hh_rlhf", "llamafactory_demo", "groups_of_4", "one_token_prompts"] | None,
+        typer.Option(help="Our targets for this data; exit code 1 where one is missed."),
+    ] = None,
     expect: Annotated[list[str], typer.Option(metavar="RATIO=X", help="Exit code 1 where it is missed.")] = [],  # noqa: B006
     into: Annotated[Path | None, typer.Option("--json", help="Write all measurements to this file.")] = None,
 ) -> None:
@@ -341,19 +348,20 @@ def bench(
         rounds=rounds,
         model=model,
         micro_batch_tokens=micro_batch_tokens,
+        only=only,
     )
     say = partial(typer.echo, err=True)
     if into is not None and not into.resolve().parent.is_dir():
         msg = f"`--json {into}`: there is no folder `{into.resolve().parent}`"
         raise RecipeError(msg)
-    if what != "train" and expect:
-        msg = f"--expect has no effect on `bench {what}`: remove it"
+    if what != "train" and (expect or targets or only):
+        msg = f"--expect, --targets and --only have no effect on `bench {what}`: remove them"
         raise RecipeError(msg)
     if what == "scale" and (groups or prompt_tokens or rounds != _ROUNDS):
         msg = "--groups, --prompt-tokens and --rounds have no effect on `bench scale`: remove them"
         raise RecipeError(msg)
     if what == "train":
-        outcome = bench_train(_home(), settings, expect=expect, say=say, tell=typer.echo)
+        outcome = bench_train(_home(), settings, expect=expect, targets=targets, say=say, tell=typer.echo)
     else:
         outcome = {"ablate": bench_ablate, "scale": bench_workers}[what](_home(), settings, say=say, tell=typer.echo)
     if into is not None:

@@ -38,7 +38,7 @@ class Arm:
     dtype: Literal["float32", "bfloat16"]
     batch: int
     """Pairs of one forward; ours goes by its token budget."""
-    order: Literal["sequential", "group_by_length"] = "sequential"
+    order: Literal["sequential", "by_length"] = "sequential"
     """`sequential` is the random order in which the rows of the work lie."""
     checkpointing: bool = False
     """Whether activations are recomputed in backward: TRL does so by default, ours does not."""

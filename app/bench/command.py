@@ -1,6 +1,6 @@
 """What `prefloop bench` does: make the work, run the arms, tell the ratios, compare them with what is expected."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import lcm
 from pathlib import Path
@@ -12,7 +12,7 @@ from app.bench.ablate import ablate
 from app.bench.flops import ModelShape, gemm_peak
 from app.bench.headline import compare_headline
 from app.bench.scale import ScaleSettings, bench_scale, overhead
-from app.bench.train import BATCH, Say, compare_trainers, require_rival
+from app.bench.train import BATCH, RATIOS, Part, Say, compare_trainers, require_rival
 from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
 from app.errors import RecipeError
 from app.ledger import Ledger
@@ -21,18 +21,14 @@ from app.schemas import Pair
 from app.storage import Home
 from app.training.tokenization import Group
 
-_RATIOS = (
-    "online",
-    "cached",
-    "cached, 2 epochs, computed",
-    "steady",
-    "as installed",
-    "recomputing",
-    "memory",
-    "memory, recomputing",
-)
-_OF_TEXT = ("headline", "ray overhead", "data wait")
-"""What only a job that begins with text has; the last two are shares, and what is expected of them is an upper limit."""
+_JOB = {"ray overhead": 0.05, "data wait": 0.01}
+TARGETS: Mapping[str, Mapping[str, float]] = {
+    "hh_rlhf": {"online": 3.5, "cached": 2.0, "memory": 2.0, **_JOB},
+    "llamafactory_demo": {"online": 1.8, "cached": 1.5, **_JOB},
+    "groups_of_4": {"all pairs: online": 5.0, "best against the rest: online": 2.5},
+    "one_token_prompts": {"online": 1.0, "cached": 1.0, "steady": 1.0},
+}
+"""What we want to reach on known data with full fine-tuning (`memory`: in bf16); of shares it is an upper limit."""
 _STEPS, _STEPS_OF_JOB = 3, 4
 """Fewest steps that tell something; of a job the first two and the last are left out."""
 _LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
@@ -55,11 +51,19 @@ class BenchSettings:
     rounds: int
     model: str
     micro_batch_tokens: int
+    only: Part | None = None
+    """The only part that is measured; default: all that the work has."""
 
     @property
     def as_text(self) -> bool:
         """Whether the work is the data's own text, so that a job can begin with it."""
         return self.answers is None and self.prompt_tokens is None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is measured."""
+        having: tuple[Part, ...] = ("online", "cached", "headline") if self.as_text else ("online", "cached")
+        return having if self.only is None else (self.only,)
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,40 @@ class Outcome:
     """Ratios below what was expected."""
 
 
-def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], say: Say, tell: Say) -> Outcome:
+def bench_train(
+    home: Home, settings: BenchSettings, *, expect: Sequence[str], targets: str | None, say: Say, tell: Say
+) -> Outcome:
     """Compare our trainer with TRL's; progress goes to `say`, each line of the report to `tell` as soon as it is known.
+
+    Args:
+        home: its folder `bench` keeps the model and sampled answers.
+        settings: what is compared on which work.
+        expect: `RATIO=X`, what a ratio is to reach at least (a share at most).
+        targets: the `TARGETS` to reach beside those, as far as they are about what is measured.
+        say: told of what is done.
+        tell: told each line of the report.
 
     Raises:
         TrainingError: TRL is not there, an arm failed, or the two trainers do not compute the same.
         DataError: the data has too few usable pairs.
-        RecipeError: an expectation is malformed or of a ratio that is not measured.
+        RecipeError: an expectation is malformed or of a ratio that is not measured, or so is the only part asked for.
     """
     require_rival()
-    expected = _expected(expect)
-    measured = (*_RATIOS, *_OF_TEXT) if settings.as_text else _RATIOS
+    if settings.only == "headline" and not settings.as_text:
+        msg = "--only headline: sampled answers and cut prompts are no text that a job could begin with"
+        raise RecipeError(msg)
+    expected, parts = _expected(expect), settings.parts
+    measured = [name for part in parts for name in RATIOS[part]]
     kinds = [""] if settings.answers is None else ["best against the rest: ", "all pairs: "]
     known = [kind + ratio for kind in kinds for ratio in measured]
     if strange := [name for name in expected if name not in known]:
         msg = f"`--expect {strange[0]}`: no such ratio; there are: {', '.join(f'`{name}`' for name in known)}"
         raise RecipeError(msg)
+    if targets is not None:
+        expected = {name: value for name, value in TARGETS[targets].items() if name in known} | expected
+        if not expected:
+            msg = f"--targets {targets}: none of them is about what is measured here; there are: {', '.join(f'`{name}`' for name in known)}"
+            raise RecipeError(msg)
     bench_home, works, pairs = _works(home, settings)
     loaded = load_model(bench_home, works[kinds[0]].model_id, dtype=settings.dtype)
     shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
@@ -97,11 +119,11 @@ def bench_train(home: Home, settings: BenchSettings, *, expect: Sequence[str], s
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
         title = f"{kind}{_what(settings, work)}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
-        found = compare_trainers(title, work, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
+        found = compare_trainers(title, work, parts=parts, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
         ratios = list(found.ratios)
         _tell(tell, found.lines(wanted))
         tree["works"][kind or "pairs"] = found.tree()
-        if settings.as_text:
+        if "headline" in parts:
             headline = compare_headline(work, pairs, rounds=settings.rounds, say=say)
             ratios.append(headline.ratio)
             _tell(tell, headline.lines(wanted))

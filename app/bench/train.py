@@ -3,19 +3,18 @@
 Four ratios of seconds, TRL over ours, each from arms that did the same rows in optimizer steps of as many pairs with the
 same optimizer, clipping and type, one after the other in every round:
 
-    online     the reference is asked in every step; TRL in random order, batches of 8 pairs
-    cached     the reference scores all rows once; TRL with the best of several batch sizes and types, rows by length
+    online     the reference is asked in every step; both as they are installed: TRL in random order, batches of 8 pairs,
+               and activations recomputed in backward
+    cached     the reference scores all rows once; TRL with rows by length and the best of several batch sizes and types, and
+               of keeping activations or recomputing them
     steady     a token of a pair in the cached arms, without the pass and without the first step
     headline   wall-clock from a pair snapshot to an exported model: `prefloop train` (Ray and all) and a TRL script
 
-and one of bytes, `memory`: the peaks of the online arms.
-
-Activations are kept on both sides. TRL recomputes them by default, which saves memory and costs operations, so one round
-does that too: `as installed` (TRL recomputes, ours does not), `recomputing` (both do) and `memory, recomputing`.
+and one of bytes, `memory`: the peaks of the online arms. By default TRL recomputes activations, which saves memory and
+costs operations, and ours keeps them, so `online` and `memory` are told for both keeping and both recomputing them, too.
 Ratios count only where one fp32 step of both gives the same loss and gradient.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from app.bench.arms import Arm, Measured, this_device
 from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity
 from app.bench.runner import run_arm, run_parity
-from app.bench.work import Work
+from app.bench.work import Work, by_length
 from app.errors import TrainingError
 
 RIVAL_VERSION = "1.16.0"
@@ -41,10 +40,20 @@ _SLOWER_TYPE = 3.0
 """A type whose matrix products take so many times as long as the other's is not tried: processors without bf16 emulate it."""
 _FINAL = 2
 """Ways of setting TRL up that are tried twice, the fastest of the first trial."""
-_LOSSES_APART = 0.05
-"""Of one step in two bf16 runs; the noise of a reward margin is `beta` times some tenths of a nat."""
+_LOSSES_APART = {"bfloat16": 0.05, "float32": 2e-3}
+"""Of one step in two runs; in bf16 the noise of a reward margin is `beta` times some tenths of a nat."""
 _LOGPS_APART = 0.01
 """Of the mean log-probability of chosen answers, relative: another row of a step would change it by a tenth."""
+
+Part = Literal["online", "cached", "headline"]
+RATIOS: Mapping[Part, tuple[str, ...]] = {
+    "online": tuple(
+        f"{what}{how}" for what in ("online", "memory") for how in ("", ", both keeping", ", both recomputing")
+    ),
+    "cached": ("cached", "cached, 2 epochs, computed", "steady"),
+    "headline": ("headline", "ray overhead", "data wait"),
+}
+"""What is told of each part; the last two are shares of our time, the others ratios."""
 
 Say = Callable[[str], None]
 """Told of what is done."""
@@ -102,14 +111,16 @@ class Comparison:
     """Operations a second of a matrix product, measured, by type."""
     rates: Mapping[str, float]
     """Share of the peak of its type that each arm reached, by its operations."""
-    tuned: Arm
-    """The way of setting TRL up that was the fastest."""
+    tuned: Arm | None
+    """The way of setting TRL up that was the fastest; None where nothing is asked about a cached reference."""
 
     def lines(self, expected: Mapping[str, float]) -> list[str]:
         """Return the report."""
         peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
         told = [self.title, self.parity.line(), f"matrix products of this machine: {peaks}"]
-        told.append(f"TRL, tuned: batches of {self.tuned.batch} pairs, {self.tuned.dtype}")
+        if self.tuned is not None:
+            how = "recomputed" if self.tuned.checkpointing else "kept"
+            told.append(f"TRL, tuned: batches of {self.tuned.batch} pairs, {self.tuned.dtype}, activations {how}")
         for name, rounds in self.measured.items():
             pairs = sum(rounds[0].step_pairs)
             seconds = statistics.median(m.total for m in rounds)
@@ -139,9 +150,16 @@ def require_rival() -> None:
 
 
 def compare_trainers(
-    title: str, work: Work, *, shape: ModelShape, peaks: Mapping[str, float], rounds: int, say: Say
+    title: str,
+    work: Work,
+    *,
+    parts: Sequence[Part],
+    shape: ModelShape,
+    peaks: Mapping[str, float],
+    rounds: int,
+    say: Say,
 ) -> Comparison:
-    """Run all arms but the headline on a work.
+    """Run the arms of these parts but the headline on a work.
 
     Raises:
         TrainingError: an arm failed, or the two trainers do not compute the same.
@@ -151,32 +169,28 @@ def compare_trainers(
     if not parity.passed:
         msg = "the two trainers do not compute the same, so no ratio counts"
         raise TrainingError(msg)
-    ours = Arm("prefloop", "prefloop", "online", work.dtype, batch=0)
-    default = Arm("trl", "trl", "online", work.dtype, batch=BATCH)
-    tuned = replace(_tuned(work, peaks, say), name="trl cached, tuned")
-    arms = (
-        replace(ours, name="prefloop online"),
-        replace(default, name="trl online"),
-        replace(ours, name="prefloop cached", reference="cached"),
-        tuned,
-    )
+    ours = Arm("prefloop online", "prefloop", "online", work.dtype, batch=0)
+    default = Arm("trl online", "trl", "online", work.dtype, batch=BATCH, checkpointing=True)
+    tuned = replace(_tuned(work, peaks, say), name="trl cached, tuned") if "cached" in parts else None
+    arms: list[Arm] = []
+    if "online" in parts:
+        keeping = replace(default, name="trl online, keeping", checkpointing=False)
+        arms += [ours, default, keeping, replace(ours, name="prefloop online, recomputing", checkpointing=True)]
+    if tuned is not None:
+        arms += [replace(ours, name="prefloop cached", reference="cached"), tuned]
     measured: dict[str, tuple[Measured, ...]] = {arm.name: () for arm in arms}
     for number in range(rounds):
         for arm in arms:
             found = run_arm(work, arm)
             measured[arm.name] += (found,)
             say(f"round {number + 1} of {rounds}: {arm.name}: {found.total:.1f} s")
-        _check_steps(measured["prefloop online"][-1], measured["trl online"][-1])
-    recomputing = (
-        replace(ours, name="prefloop, recomputing", checkpointing=True),
-        replace(default, name="trl, recomputing", checkpointing=True),
-    )
-    for arm in recomputing:
-        measured[arm.name] = (run_arm(work, arm),)
-        say(f"{arm.name}: {measured[arm.name][0].total:.1f} s")
+        if "online" in parts:
+            for a, b in (("prefloop online", "trl online"), ("prefloop online, recomputing", "trl online, keeping")):
+                _check_steps(measured[a][-1], measured[b][-1], dtype=work.dtype)
+        if tuned is not None:
+            _check_rows(measured["prefloop cached"][-1], measured[tuned.name][-1])
     compact = this_device().type == "cuda"
-    everyone = (*arms, *recomputing)
-    costs = {a.name: operations(shape, work, a, measured[a.name][0], compact=compact) for a in everyone}
+    costs = {a.name: operations(shape, work, a, measured[a.name][0], compact=compact) for a in arms}
     return Comparison(
         title=title,
         parity=parity,
@@ -185,22 +199,32 @@ def compare_trainers(
         useful_tokens=sum(group.num_tokens for group in work.groups),
         peaks=peaks,
         rates={
-            a.name: costs[a.name] / statistics.median(m.total for m in measured[a.name]) / peaks[a.dtype]
-            for a in everyone
+            a.name: costs[a.name] / statistics.median(m.total for m in measured[a.name]) / peaks[a.dtype] for a in arms
         },
         tuned=tuned,
     )
 
 
 def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
-    """Return the fastest way to let TRL do the work with a cached reference, by a trial on its first pairs."""
-    few = -(-_TUNED_PAIRS // len(work.groups[0].pairs))
-    groups = list(itertools.islice(work.groups, few))
-    trial = replace(work, groups=tuple(groups), batch_pairs=sum(len(group.pairs) for group in groups))
+    """Return the fastest way to let TRL do the work with a cached reference, by a trial on some of its pairs.
+
+    They are whole steps of the work in order of length, at even distances, as those of the work are of all pairs.
+    """
+    pairs = len(work.groups[0].pairs)
+    count = math.lcm(BATCH, pairs)
+    count *= -(-_TUNED_PAIRS // count)
+    # As many groups lie together as make a batch of any size that is tried.
+    run = math.lcm(BATCH, pairs) // pairs
+    ordered = by_length(work.groups)
+    runs = [tuple(ordered[i : i + run]) for i in range(0, len(ordered) - run + 1, run)]
+    wanted = min(count // pairs // run, len(runs))
+    groups = [group for i in range(wanted) for group in runs[(2 * i + 1) * len(runs) // (2 * wanted)]]
+    trial = replace(work, groups=tuple(groups), batch_pairs=len(groups) * pairs)
 
     def seconds(arm: Arm) -> float:
         took = run_arm(trial, arm).total
-        say(f"tuning TRL: batches of {arm.batch} pairs, {arm.dtype}: {took:.1f} s")
+        how = "recomputing" if arm.checkpointing else "keeping"
+        say(f"tuning TRL: batches of {arm.batch} pairs, {arm.dtype}, {how} activations: {took:.1f} s")
         return took
 
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -210,39 +234,45 @@ def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
         if slower > _SLOWER_TYPE:
             say(f"tuning TRL: {dtype} is left out, its matrix products take {slower:.0f} times as long")
             continue
-        fastest = math.inf
-        for batch in _TUNED_BATCHES:
-            if trial.batch_pairs % batch or work.batch_pairs % batch:
-                continue
-            arm = Arm("trial", "trl", "cached", dtype, batch=batch, order="group_by_length")
-            first[arm] = seconds(arm)
-            if first[arm] > _SLOWER * fastest:
-                break
-            fastest = min(fastest, first[arm])
+        for checkpointing in (False, True):
+            fastest = math.inf
+            for batch in _TUNED_BATCHES:
+                if trial.batch_pairs % batch or work.batch_pairs % batch:
+                    continue
+                arm = Arm("trial", "trl", "cached", dtype, batch, order="by_length", checkpointing=checkpointing)
+                first[arm] = seconds(arm)
+                if first[arm] > _SLOWER * fastest:
+                    break
+                fastest = min(fastest, first[arm])
     best = sorted(first, key=first.__getitem__)[:_FINAL]
     return min(best, key=lambda arm: min(first[arm], seconds(arm)))
 
 
 def _ratios(measured: Mapping[str, Sequence[Measured]], costs: Mapping[str, float]) -> tuple[Ratio, ...]:
-    online = list(zip(measured["prefloop online"], measured["trl online"], strict=True))
-    cached = list(zip(measured["prefloop cached"], measured["trl cached, tuned"], strict=True))
-    (again,), (recomputing,) = measured["prefloop, recomputing"], measured["trl, recomputing"]
-    by_online = costs["trl online"] / costs["prefloop online"]
-    by_cached = costs["trl cached, tuned"] / costs["prefloop cached"]
-    return (
-        Ratio("online", tuple(trl.total / ours.total for ours, trl in online), by_online),
-        Ratio("cached", tuple(trl.total / ours.total for ours, trl in cached), by_cached),
-        Ratio("cached, 2 epochs, computed", tuple(_two_epochs(trl) / _two_epochs(ours) for ours, trl in cached)),
-        Ratio("steady", tuple(trl.steady / ours.steady for ours, trl in cached)),
-        Ratio("as installed", (recomputing.total / measured["prefloop online"][-1].total,)),
-        Ratio(
-            "recomputing",
-            (recomputing.total / again.total,),
-            costs["trl, recomputing"] / costs["prefloop, recomputing"],
-        ),
-        Ratio("memory", tuple(trl.peak_pss / ours.peak_pss for ours, trl in online)),
-        Ratio("memory, recomputing", (recomputing.peak_pss / again.peak_pss,)),
-    )
+    def over(ours: str, trl: str, of: Callable[[Measured], float]) -> tuple[float, ...]:
+        return tuple(of(b) / of(a) for a, b in zip(measured[ours], measured[trl], strict=True))
+
+    found: list[Ratio] = []
+    if "prefloop online" in measured:
+        ways = {
+            "": ("prefloop online", "trl online"),
+            ", both keeping": ("prefloop online", "trl online, keeping"),
+            ", both recomputing": ("prefloop online, recomputing", "trl online"),
+        }
+        found += [Ratio(f"online{w}", over(a, b, _total), costs[b] / costs[a]) for w, (a, b) in ways.items()]
+        found += [Ratio(f"memory{w}", over(a, b, lambda m: m.peak_pss)) for w, (a, b) in ways.items()]
+    if "prefloop cached" in measured:
+        arms = ("prefloop cached", "trl cached, tuned")
+        found += [
+            Ratio("cached", over(*arms, _total), costs[arms[1]] / costs[arms[0]]),
+            Ratio("cached, 2 epochs, computed", over(*arms, _two_epochs)),
+            Ratio("steady", over(*arms, lambda m: m.steady)),
+        ]
+    return tuple(found)
+
+
+def _total(measured: Measured) -> float:
+    return measured.total
 
 
 def _two_epochs(measured: Measured) -> float:
@@ -250,13 +280,21 @@ def _two_epochs(measured: Measured) -> float:
     return measured.total + sum(measured.step_seconds)
 
 
-def _check_steps(ours: Measured, rival: Measured) -> None:
+def _check_rows(ours: Measured, rival: Measured) -> None:
+    """The cached arms, whose order differs, took the same rows."""
+    logps = [statistics.fmean(arm.logps) for arm in (ours, rival)]
+    if sum(ours.step_tokens) != sum(rival.step_tokens) or not abs(logps[0] - logps[1]) <= _LOGPS_APART * abs(logps[1]):
+        msg = f"the timed runs did not do the same work: tokens {sum(ours.step_tokens)} and {sum(rival.step_tokens)}, log-probability of chosen answers {logps[0]:g} and {logps[1]:g}"
+        raise TrainingError(msg)
+
+
+def _check_steps(ours: Measured, rival: Measured, *, dtype: str) -> None:
     """The very runs that were timed took the same steps: the same rows, and as far as their type allows the same numbers."""
     faults = [
         f"{what} of step {step + 1}: {a:g} and {b:g}"
         for what, allowed, left, right in (
             ("tokens", 0.0, ours.step_tokens, rival.step_tokens),
-            ("loss", _LOSSES_APART, ours.losses, rival.losses),
+            ("loss", _LOSSES_APART[dtype], ours.losses, rival.losses),
             ("log-probability", None, ours.logps, rival.logps),
         )
         for step, (a, b) in enumerate(zip(left, right, strict=True))

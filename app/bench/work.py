@@ -27,6 +27,8 @@ from app.training.tokenization import Group, Preference, encode_groups
 
 SAMPLED_TOKENS = 128
 """Token limit of a sampled answer."""
+_POOL = 400
+"""Pairs among which TRL puts those of like length together on real data: 50 steps of 8 (transformers' `LengthGroupedSampler`)."""
 _SPARE_PROMPTS = 8
 """A prompt to which two answers are the same is left out."""
 
@@ -74,6 +76,16 @@ def pair_tokens(group: Group) -> int:
     return sum(len(group.prompt_ids) + len(responses[p.chosen]) + len(responses[p.rejected]) for p in group.pairs)
 
 
+def longest_pair(group: Group) -> int:
+    """Return the tokens of the longest row that a pair of this group is to trainers that know no groups."""
+    return len(group.prompt_ids) + max(map(len, group.responses))
+
+
+def by_length(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups in the order of trainers that put rows of like length together: the longest first."""
+    return sorted(groups, key=longest_pair, reverse=True)
+
+
 def pair_rows(group: Group) -> list[dict[str, list[int]]]:
     """Return the pairs of a group as trainers that know no groups take them, the prompt in each."""
     return [
@@ -89,7 +101,11 @@ def pair_rows(group: Group) -> list[dict[str, list[int]]]:
 def read_work(
     data: Path, loaded: LoadedModel, *, max_length: int, pairs: int, batch_pairs: int
 ) -> tuple[list[Pair], list[Group]]:
-    """Read preference data and return as many pairs, one of each prompt, as rows and as groups in the same order.
+    """Read preference data and return as many pairs, one of each prompt, as rows and as groups in the same random order.
+
+    They are whole steps of a trainer that goes by length: a pool of some hundred random pairs is sorted by length and cut
+    into steps, and of these as many are taken as are asked for, at even distances. So a few pairs can be put together as
+    well as a whole data set could, and have its lengths.
 
     Raises:
         DataError: the file cannot be read, or has fewer usable pairs than asked for.
@@ -101,7 +117,11 @@ def read_work(
     if len(groups) < count:
         msg = f"`{data}` has {len(groups)} pairs on prompts shorter than {max_length} tokens, fewer than --pairs {pairs} (in steps of {batch_pairs})\n\nHint: lower --pairs, or raise --max-length."
         raise DataError(msg)
-    chosen = global_order(groups, seed=0)[:count]
+    pool = by_length(global_order(groups, seed=0)[: max(_POOL, count)])
+    steps = [pool[i : i + batch_pairs] for i in range(0, len(pool) - batch_pairs + 1, batch_pairs)]
+    wanted = count // batch_pairs
+    taken = [steps[(2 * i + 1) * len(steps) // (2 * wanted)] for i in range(wanted)]
+    chosen = global_order((group for step in taken for group in step), seed=0)
     by_id = {pair.pair_id: pair for pair in kept}
     return [by_id[group.pairs[0].pair_id] for group in chosen], chosen
 

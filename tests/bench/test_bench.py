@@ -2,20 +2,31 @@
 
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from app.bench.ablate import LAYOUTS, ablate, on_all_rows, unshared
 from app.bench.arms import Arm, Measured, run_ours
-from app.bench.command import BenchSettings, bench_ablate, bench_train
+from app.bench.command import TARGETS, BenchSettings, bench_ablate, bench_train
 from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
 from app.bench.runner import watched
 from app.bench.scale import ScaleSettings, bench_scale, overhead
-from app.bench.train import Comparison, Ratio, Share, _check_steps, _tuned, compare_trainers
-from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
+from app.bench.train import RATIOS, Comparison, Ratio, Share, _check_steps, _tuned, compare_trainers
+from app.bench.work import (
+    Work,
+    all_pairs,
+    best_against_rest,
+    cut_prompts,
+    longest_pair,
+    pair_tokens,
+    read_work,
+    sampled_groups,
+)
+from app.cli import bench
 from app.errors import DataError, RecipeError, TrainingError
 from app.ledger import Ledger
 from app.models import ensure_sft, load_model
@@ -90,14 +101,14 @@ def test_the_timed_runs_of_both_trainers_take_the_same_steps(work, adapter, refe
     assert ours.step_tokens == theirs.step_tokens
     assert ours.logps == pytest.approx(theirs.logps, rel=1e-5)
     assert (len(theirs.score_shapes) > 0) == (reference == "cached")
-    _check_steps(ours, theirs)
+    _check_steps(ours, theirs, dtype="float32")
     for wrong in ({"losses": (float("nan"),) * 3}, {"logps": (1.0, 1.0, 1.0)}, {"step_tokens": (1, 1, 1)}):
         with pytest.raises(TrainingError, match="did not do the same work"):
-            _check_steps(replace(ours, **wrong), theirs)
+            _check_steps(replace(ours, **wrong), theirs, dtype="float32")
 
 
 def test_trl_goes_by_length_where_it_is_told_to(work):
-    told = run_trl(work, replace(TRL, reference="cached", order="group_by_length", batch=2))
+    told = run_trl(work, replace(TRL, reference="cached", order="by_length", batch=2))
     assert told.computed_tokens < run_trl(work, replace(TRL, batch=2)).computed_tokens
 
 
@@ -182,6 +193,16 @@ def test_work_comes_back_from_its_file(work, tmp_path):
     assert Work.load(tmp_path / "work.json") == work
 
 
+def test_the_pairs_of_a_benchmark_are_steps_of_like_length_of_all_lengths_in_random_order(home, model_id, data):
+    loaded = load_model(home, model_id, dtype="float32")
+    _, every = read_work(data, loaded, max_length=64, pairs=40, batch_pairs=8)
+    pairs, groups = read_work(data, loaded, max_length=64, pairs=17, batch_pairs=8)
+    assert len(groups) == len(pairs) == 16
+    lengths = sorted(map(longest_pair, every), reverse=True)
+    assert sorted(map(longest_pair, groups), reverse=True) == lengths[8:16] + lengths[24:32]
+    assert [longest_pair(group) for group in groups] != sorted(map(longest_pair, groups), reverse=True)
+
+
 def test_too_few_pairs_are_told(home, model_id, data):
     loaded = load_model(home, model_id, dtype="float32")
     pairs, groups = read_work(data, loaded, max_length=64, pairs=17, batch_pairs=8)
@@ -236,41 +257,77 @@ def settings_of(data, tiny_model, **changed):
 def test_an_expectation_of_what_is_not_measured_is_refused(home, data, tiny_model):
     settings = settings_of(data, tiny_model)
     with pytest.raises(RecipeError, match="`--expect speed`: no such ratio; there are: `online`"):
-        bench_train(home, settings, expect=["speed=2"], say=print, tell=print)
+        bench_train(home, settings, expect=["speed=2"], targets=None, say=print, tell=print)
     with pytest.raises(RecipeError, match="`--expect online` is not of the form RATIO=NUMBER"):
-        bench_train(home, settings, expect=["online"], say=print, tell=print)
+        bench_train(home, settings, expect=["online"], targets=None, say=print, tell=print)
 
 
 def test_ratios_count_only_where_both_compute_the_same(work, monkeypatch):
     monkeypatch.setattr("app.bench.train.run_parity", lambda _: Parity(0.7, 0.6, 0.0, 4))
     shape = ModelShape(1, 1, 1)
     with pytest.raises(TrainingError, match="do not compute the same, so no ratio counts"):
-        compare_trainers("t", work, shape=shape, peaks={}, rounds=1, say=lambda _: None)
+        compare_trainers("t", work, parts=("online",), shape=shape, peaks={}, rounds=1, say=lambda _: None)
 
 
 def test_trl_is_tuned_over_types_and_over_batches_until_they_become_slower(work, monkeypatch):
+    keep, recompute = False, True
     seconds = {
-        ("bfloat16", 1): 5.0,
-        ("bfloat16", 2): 4.0,
-        ("bfloat16", 4): 3.0,
-        ("float32", 1): 3.1,
-        ("float32", 2): 3.5,
+        ("bfloat16", 1, keep): 5.0,
+        ("bfloat16", 2, keep): 4.0,
+        ("bfloat16", 4, keep): 3.0,
+        ("bfloat16", 1, recompute): 6.0,
+        ("bfloat16", 2, recompute): 7.0,
+        ("float32", 1, keep): 3.3,
+        ("float32", 2, keep): 3.7,
+        ("float32", 1, recompute): 3.1,
+        ("float32", 2, recompute): 3.5,
     }
-    again = {("bfloat16", 4): 3.0, ("float32", 1): 2.9}
+    again = {("bfloat16", 4, keep): 3.0, ("float32", 1, recompute): 2.9}
     tried = []
 
     def run(trial, arm):
-        assert (trial.batch_pairs, arm.trainer, arm.reference, arm.order) == (16, "trl", "cached", "group_by_length")
-        tried.append((arm.dtype, arm.batch))
+        assert (trial.batch_pairs, arm.trainer, arm.reference, arm.order) == (16, "trl", "cached", "by_length")
+        tried.append((arm.dtype, arm.batch, arm.checkpointing))
         took = (again if tried.count(tried[-1]) > 1 else seconds)[tried[-1]]
         return Measured(0.5, (took - 0.5,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
 
     monkeypatch.setattr("app.bench.train.run_arm", run)
     work = replace(work, groups=work.groups * 2)
     best = _tuned(work, {"bfloat16": 2.0, "float32": 1.0}, lambda _: None)
-    assert (best.dtype, best.batch) == ("float32", 1)
+    assert (best.dtype, best.batch, best.checkpointing) == ("float32", 1, recompute)
     # Steps of four pairs have no batches of eight, and two pairs were already much slower than one in fp32.
     assert tried == [*seconds, *again]
+
+
+@pytest.mark.parametrize("answers", [3, 4])
+def test_trl_is_tuned_over_all_batches_where_a_prompt_has_several_pairs(work, monkeypatch, answers):
+    groups = [replace(g, responses=tuple((*g.responses[0], k) for k in range(answers))) for g in work.groups * 2]
+    tried = []
+
+    def run(trial, arm):
+        tried.append((trial.pairs, trial.batch_pairs, arm.batch))
+        return Measured(0.5, (1.0,), (24,), (10,), (0.5,), (-1.0,), (), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    for paired in (best_against_rest(groups), all_pairs(groups)):
+        tried.clear()
+        _tuned(replace(work, groups=tuple(paired), batch_pairs=24), {"bfloat16": 1.0, "float32": 1.0}, lambda _: None)
+        assert {batch for _, _, batch in tried} == {1, 2, 4, 8}
+        assert {pairs for pairs, _, _ in tried} == {batch_pairs for _, batch_pairs, _ in tried} <= {16, 24}
+
+
+def test_a_trial_has_short_and_long_pairs_in_whole_batches_of_like_length(work, monkeypatch):
+    trials = []
+
+    def run(trial, arm):
+        trials.append([longest_pair(group) for group in trial.groups])
+        return Measured(0.5, (1.0,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    groups = [replace(g, prompt_ids=(2,) * (3 + i)) for i, g in enumerate(work.groups * 4)]
+    _tuned(replace(work, groups=tuple(groups[::-1]), batch_pairs=8), {"bfloat16": 1.0, "float32": 1.0}, lambda _: None)
+    lengths = sorted(map(longest_pair, groups), reverse=True)
+    assert trials[0] == lengths[8:16] + lengths[32:40]
 
 
 def test_a_type_that_the_machine_emulates_is_not_tried_for_trl(work, monkeypatch):
@@ -305,33 +362,58 @@ def test_ablation_takes_sampled_answers(home, data, tiny_model):
 def test_cut_prompts_have_no_headline(home, data, tiny_model):
     settings = settings_of(data, tiny_model, prompt_tokens=1)
     with pytest.raises(RecipeError, match="`--expect headline`: no such ratio"):
-        bench_train(home, settings, expect=["headline=1"], say=print, tell=print)
+        bench_train(home, settings, expect=["headline=1"], targets=None, say=print, tell=print)
+
+
+def test_targets_are_held_against_what_is_measured_alone(home, data, tiny_model, monkeypatch):
+    def run(work, arm):
+        rows = (work.pairs, tuple(map(pair_tokens, work.groups)))
+        seconds = 2.0 if arm.trainer == "trl" else 1.0
+        return Measured(0.0, (seconds,) * 2, rows[:1] * 2, rows[1], (0.5,), (-1.0,), ((8, 10),), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    monkeypatch.setattr("app.bench.train.run_parity", lambda _: Parity(0.7, 0.7, 0.0, 4))
+    monkeypatch.setattr("app.bench.command.gemm_peak", lambda dtype, threads: 1e11)
+    told = []
+    settings = settings_of(data, tiny_model, rounds=1, only="cached", pairs=32)
+    found = bench_train(home, settings, expect=["steady=3"], targets="hh_rlhf", say=print, tell=told.append)
+    assert found.missed == ["steady"]
+    assert [line for line in told if line.startswith("cached ") and "2.00x" in line and "ok: 2 expected" in line]
+    assert set(found.tree["works"]["pairs"]["ratios"]) == set(RATIOS["cached"])
+    assert not [line for line in told if line.startswith(("online", "headline"))]
+    with pytest.raises(RecipeError, match="--targets groups_of_4: none of them is about what is measured here"):
+        bench_train(home, settings, expect=[], targets="groups_of_4", say=print, tell=print)
+    with pytest.raises(RecipeError, match="--only headline: sampled answers and cut prompts are no text"):
+        cut = replace(settings, only="headline", prompt_tokens=1)
+        bench_train(home, cut, expect=[], targets=None, say=print, tell=print)
+
+
+def test_every_target_is_of_something_that_is_measured():
+    known = {name for names in RATIOS.values() for name in names}
+    assert {name.rpartition(": ")[2] for targets in TARGETS.values() for name in targets} <= known
+    [named, _] = get_args(get_type_hints(bench)["targets"])
+    assert set(get_args(named)) == set(TARGETS)
 
 
 def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
     with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 4 steps of 8 pairs.*\n\nHint: at least 32"):
-        bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], say=print, tell=print)
+        bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], targets=None, say=print, tell=print)
 
 
 @pytest.mark.full
-def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model):
+def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tiny_model, monkeypatch):
+    monkeypatch.setattr("app.bench.train._TUNED_BATCHES", (4, 8))
     told = []
     expect = ["online=1000", "cached=0.0001", "data wait=1", "ray overhead=-1"]
     # Two rounds end in one model: their weights are the same.
-    found = bench_train(home, settings_of(data, tiny_model, rounds=2), expect=expect, say=print, tell=told.append)
+    found = bench_train(
+        home, settings_of(data, tiny_model, rounds=2), expect=expect, targets=None, say=print, tell=told.append
+    )
     assert found.missed == ["ray overhead", "online"]
     assert any(line.startswith("headline: 32 pairs") for line in told)
     ratios = found.tree["works"]["pairs"]["ratios"]
-    assert set(ratios) == {
-        "online",
-        "cached",
-        "cached, 2 epochs, computed",
-        "steady",
-        "as installed",
-        "recomputing",
-        "memory",
-        "memory, recomputing",
-    }
+    assert set(ratios) == {*RATIOS["online"], *RATIOS["cached"]}
+    assert {len(ratio["rounds"]) for ratio in ratios.values()} == {2}
     assert found.tree["headline"]["data_wait"]["value"] < 1
     assert json.loads(json.dumps(found.tree)) is not None
 
