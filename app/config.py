@@ -267,7 +267,7 @@ def usual_learning_rate(objective: str, adapter: Literal["lora", "full"], *, wid
       DPO follows that (2e-7 at 8192, Tulu 3 70B; 5e-7 at 4096, Tulu 3 8B and Zephyr; 1e-6 at 2048, SmolLM2 1.7B);
     - but for `sft`, times 480 / `total_steps`, from 1 to 8: preference training is published with rates so small that
       some 480 steps (61 thousand pairs, 128 a step) do not move the model too far, and a run of few steps at them hardly
-      moves it at all.
+      moves it at all. (ORPO's authors took 9500 steps, so for it that is on the careful side.)
     """
     full, adapters = _LEARNING_RATES.get(objective, _OTHERS)
     faster = 1.0 if objective == "sft" else min(max(_PUBLISHED_STEPS / total_steps, 1.0), _MOST_FASTER)

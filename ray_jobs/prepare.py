@@ -165,8 +165,9 @@ def _with_reference(
     home: Home, ledger: Ledger, recipe: Recipe, reference: ModelRow, groups: list[Group], console: Console | None
 ) -> list[Group]:
     """Return the groups with the log-probabilities of the reference; only what it has not scored yet is computed."""
+    wanted = {(group.prompt_ids, response) for group in groups for response in group.responses}
     known = (
-        known_scores(home, ledger, reference_digest=reference.digest, dtype=recipe.train.dtype)
+        known_scores(home, ledger, wanted, reference_digest=reference.digest, dtype=recipe.train.dtype)
         if recipe.prepare.reuse_scores
         else {}
     )

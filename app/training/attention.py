@@ -218,8 +218,8 @@ def _by_flex(
 
     kernel: Any = flex_attention if on_cpu else _compiled(flex_attention)
     attended: Tensor = kernel(
-        query,
-        key,
+        query.to(value.dtype),
+        key.to(value.dtype),
         value,
         score_mod=None if softcap is None else capped,
         block_mask=layout.block_mask(window),

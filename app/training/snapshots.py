@@ -7,7 +7,7 @@ rows lie in files of their own (`train-*`, `held_out-*`), so a job reads what it
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -73,35 +73,54 @@ def global_order(groups: Iterable[Group], seed: int) -> list[Group]:
     return ordered
 
 
+Scored = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of a response."""
+_LOOKED_INTO = 8
+"""Snapshots in which scores are looked for: those of some data sets and units that are trained on in turn."""
+
+
 def known_scores(
-    home: Home, ledger: Ledger, *, reference_digest: str, dtype: str
-) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
-    """Return what this reference gave to prompts and responses (token ids) in the newest snapshot that it scored.
+    home: Home, ledger: Ledger, wanted: Set[Scored], *, reference_digest: str, dtype: str
+) -> dict[Scored, float]:
+    """Return what this reference gave to prompts and responses in the newest snapshots that it scored.
+
+    Args:
+        home: where they lie.
+        ledger: knows them.
+        wanted: what is asked for; once all of it is found no further snapshot is read.
+        reference_digest: of the model.
+        dtype: in which it scored.
 
     Raises:
-        DataError: that snapshot is damaged.
+        DataError: a snapshot is damaged.
     """
     with ledger.read() as session:
         rows = session.scalars(
             sa.select(SnapshotRow).where(SnapshotRow.kind == "training").order_by(SnapshotRow.created_at.desc())
         ).all()
+    found: dict[Scored, float] = {}
+    looked_into = 0
     for row in rows:
         artifact = home.artifact("training", row.snapshot_id)
         binding = row.manifest["binding"]
         if (binding["reference_digest"], binding["dtype"]) == (reference_digest, dtype) and artifact.exists():
+            if looked_into == _LOOKED_INTO or found.keys() == wanted:
+                break
+            looked_into += 1
             try:
                 artifact.verify()
             except DataError as error:
                 msg = f"training snapshot `{row.snapshot_id}`, whose reference scores would be used again, is damaged: {error}\n\nHint: score everything anew with `--set prepare.reuse_scores=false`."
                 raise DataError(msg) from None
             groups = (group for split in Split for group in read_groups(artifact, split))
-            return {
+            scores = {
                 (group.prompt_ids, response): logp
                 for group in groups
                 for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
-                if math.isfinite(logp)
+                if math.isfinite(logp) and (group.prompt_ids, response) in wanted
             }
-    return {}
+            found = scores | found
+    return found
 
 
 def write_training_snapshot(

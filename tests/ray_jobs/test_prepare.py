@@ -133,6 +133,27 @@ def test_what_the_reference_scored_before_is_not_scored_again(cluster, home, led
         prepared(5)
 
 
+def test_scores_are_found_in_older_snapshots_where_data_sets_are_trained_on_in_turn(cluster, home, ledger, tiny_model):
+    _, champion = ship_another_model(home, ledger, tiny_model)
+    pairs, served = served_pairs(home, champion.model_id, count=6)
+
+    def shown(members):
+        printed = io.StringIO()
+        snapshot = write(home, ledger, members)
+        row = prepare(home, ledger, recipe_for(tiny_model), snapshot, console=Console(file=printed, width=200))
+        return row.snapshot_id, printed.getvalue()
+
+    first, told = shown(pairs[:3])
+    assert "3 of 3" in told
+    assert "3 of 3" in shown(pairs[3:])[1]
+    assert shown(pairs[:3]) == (first, "prepare: 3 prompts were scored before\n")
+    both, told = shown(pairs)
+    assert told == "prepare: 6 prompts were scored before\n"
+    found = scored(home, both)
+    for ids, logp in served.items():
+        assert found[ids] == pytest.approx(logp, abs=1e-3)
+
+
 def test_a_snapshot_of_which_nothing_fits_the_window_says_why(cluster, home, ledger, tiny_model):
     pairs = [Pair((Message("user", "x" * 400),), Response("a"), Response("b"), "import", "", "")]
     pair_snapshot = write(home, ledger, pairs)

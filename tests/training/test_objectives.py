@@ -4,7 +4,6 @@ import ast
 import inspect
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -237,7 +236,3 @@ def test_what_would_be_broadcast_into_another_loss_is_refused(spoil, found):
     own = replace(dpo, name="mine:own", function=lambda **given: spoil(dpo.function(**given)))
     with pytest.raises(RecipeError, match=f"objective `mine:own` must return {found}"):
         own(scored())
-
-
-def test_the_golden_table_is_part_of_the_package():
-    assert certify.GOLDEN.parent == Path(certify.__file__).parent
