@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -88,7 +89,8 @@ def counted(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("counts")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(COUNTS_VARIABLE, str(folder))
-        environment.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", str(NO_PROGRESS_S))
+        # Ray Train gives the driver's settings to its workers, whatever their environment says.
+        environment.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", NO_PROGRESS_S)
         with local_ray(num_cpus=6, store_bytes=STORE):
             yield folder
 
