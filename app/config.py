@@ -54,11 +54,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+TunedBy = Literal["answers", "preferences"]
+"""What a model learned from before: answers to imitate (an SFT checkpoint), or preferences too (most instruct models)."""
+
+
 class ModelSection(Section):
     """Which weights the loop starts from and which it is held against."""
 
     sft: str = Field(
         "embedded", description="The SFT checkpoint: `embedded`, a folder, a URI, a hub id or a model of the home."
+    )
+    sft_tuned_by: TunedBy = Field(
+        "answers",
+        description="What that checkpoint learned from; `preferences`, as most instruct models did: half the usual rate.",
     )
     start: Literal["champion", "sft"] = Field("champion", description="Where the policy starts.")
     reference_model: Literal["champion", "sft"] = Field("champion", description="The frozen reference.")
@@ -230,20 +238,29 @@ _USUAL: Mapping[str, Mapping[str, tuple[float, float]]] = {
     **{key: {"beta": (0.01, 0.5)} for key in ("kto", "apo_zero_unpaired")},
 }
 """Ranges of options in which published runs lie."""
+_WEAKEST_PULL = 0.05
+"""Least beta without a warning for a model that was tuned by preferences before: Zephyr's 0.01 began with an SFT model."""
 
 
-def unusual_options(objective: str, options: Mapping[str, Any]) -> list[str]:
-    """Say which options lie outside of what published runs of the objective used; nothing for an objective of one's own."""
-    return [
-        f"train.options.{name} = {options[name]:g} is outside of what {objective} is used with, {low:g} to {high:g}"
-        for name, (low, high) in _USUAL.get(objective, {}).items()
-        if not low <= options[name] <= high
-    ]
+def unusual_options(objective: str, options: Mapping[str, Any], *, tuned_by: TunedBy) -> list[str]:
+    """Say which options lie outside of what published runs of the objective used; nothing for an objective of one's own.
+
+    `tuned_by` is what the model that training begins with learned from.
+    """
+    found = []
+    for name, (low, high) in _USUAL.get(objective, {}).items():
+        least = max(low, _WEAKEST_PULL) if name == "beta" and tuned_by == "preferences" else low
+        if not least <= options[name] <= high:
+            found.append(
+                f"train.options.{name} = {options[name]:g} is outside of what {objective} is used with, {least:g} to {high:g}"
+            )
+    return found
 
 
 _PUBLISHED_WIDTH = 4096
 _PUBLISHED_STEPS = 480
 _MOST_FASTER = 8.0
+_TUNED_BEFORE = 0.5
 _FAR = 10.0
 """Published rates of one objective at one width lie within a tenth and ten times, but for CPO: its authors trained adapters of a
 13B model at 1e-4 (their `cpo_ft.sh`), others at less than a tenth of that."""
@@ -258,7 +275,9 @@ _LEARNING_RATES: Mapping[str, tuple[float, float]] = {
 _OTHERS = (5e-7, 5e-6)
 
 
-def usual_learning_rate(objective: str, adapter: Literal["lora", "full"], *, width: int, total_steps: int) -> float:
+def usual_learning_rate(
+    objective: str, adapter: Literal["lora", "full"], *, width: int, total_steps: int, tuned_by: TunedBy
+) -> float:
     """Return the peak learning rate of a run whose recipe names none.
 
     It is the published one of the objective, carried over from runs of models of width 4096:
@@ -268,10 +287,13 @@ def usual_learning_rate(objective: str, adapter: Literal["lora", "full"], *, wid
     - but for `sft`, times 480 / `total_steps`, from 1 to 8: preference training is published with rates so small that
       some 480 steps (61 thousand pairs, 128 a step) do not move the model too far, and a run of few steps at them hardly
       moves it at all. (ORPO's authors took 9500 steps, so for it that is on the careful side.)
+    - times a half where the model was `tuned_by` preferences before: the published rates are those of SFT models, and what
+      such a model has to lose is more. The half is ours: OLMo 3's rates, 1e-6 and 8e-8, are further apart.
     """
     full, adapters = _LEARNING_RATES.get(objective, _OTHERS)
     faster = 1.0 if objective == "sft" else min(max(_PUBLISHED_STEPS / total_steps, 1.0), _MOST_FASTER)
-    return (full if adapter == "full" else adapters) * faster * _PUBLISHED_WIDTH / width
+    gentler = _TUNED_BEFORE if tuned_by == "preferences" else 1.0
+    return (full if adapter == "full" else adapters) * faster * gentler * _PUBLISHED_WIDTH / width
 
 
 def unusual_rate(learning_rate: float | None, usual: float) -> list[str]:

@@ -44,9 +44,11 @@ _NAMES = {
     "held_out_accuracy": "eval/rewards/accuracies",
     "held_out_margin": "eval/rewards/margins",
     "held_out_ties": "eval/rewards/ties",
+    "held_out_chosen_change": "eval/chosen_change",
+    "held_out_chosen_fell": "eval/chosen_fell",
     "reward_ties": "train/rewards/ties",
 }
-"""What TRL has, and ties, which it counts as losses; every other metric is `train/` and its own name."""
+"""What TRL has, ties, which it counts as losses, and what `eval/` ours are; every other metric is `train/` and its own name."""
 _NO_METRICS = frozenset({"step", "skipped"})
 
 

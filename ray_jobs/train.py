@@ -151,9 +151,16 @@ def _train(
     epochs, steps = _plan(section, files)
     total_steps = min(steps, section.max_steps or steps)
     usual = usual_learning_rate(
-        section.objective, section.adapter, width=model_width(home, start.model_id), total_steps=total_steps
+        section.objective,
+        section.adapter,
+        width=model_width(home, start.model_id),
+        total_steps=total_steps,
+        tuned_by=recipe.model.sft_tuned_by,
     )
-    warnings = _warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu)
+    warnings = [
+        *unusual_options(section.objective, section.options, tuned_by=recipe.model.sft_tuned_by),
+        *_warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu),
+    ]
     if console is not None:
         for warning in warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)
@@ -214,7 +221,7 @@ def _train(
 
 def _warnings(section: TrainSection, usual: float, *, held_out: int, on_cpus: bool) -> list[str]:
     """Return what somebody should know before the run, a line each."""
-    found = [*unusual_options(section.objective, section.options), *unusual_rate(section.learning_rate, usual)]
+    found = unusual_rate(section.learning_rate, usual)
     if held_out > MOST_HELD_OUT:
         found.append(f"of {held_out} held-out rows the first {MOST_HELD_OUT} are measured")
     if on_cpus and section.dtype == "bfloat16" and not computes_bfloat16():

@@ -218,7 +218,8 @@ def _train(task: TrainTask) -> None:
             metrics |= workers.told()
         last = report.step == task.total_steps
         if not last and section.held_out_every and report.step % section.held_out_every == 0 and held_out:
-            metrics |= summary(measure(policy, held_out, **common))
+            so_far = measure(policy, held_out, **common)
+            metrics |= summary(so_far if before is None else with_start(so_far, before))
         if section.canary_every and report.step % section.canary_every == 0 and workers.rank == 0:
             metrics |= _canaries(policy, start, shown, dtype=section.dtype)
         unheard.append(metrics)
@@ -616,4 +617,9 @@ def summary(measures: Measures) -> dict[str, float]:
         found["held_out_accuracy"] = sum(m > 0 for m in margins) / len(margins)
         found["held_out_ties"] = sum(m == 0 for m in margins) / len(margins)
         found["held_out_margin"] = sum(margins) / len(margins)
+        # Against the model that training began with, which no step of an objective without a reference knows.
+        moved = [m.chosen_change for m in measures.pairs if m.chosen_change is not None]
+        if moved:
+            found["held_out_chosen_change"] = sum(moved) / len(moved)
+            found["held_out_chosen_fell"] = sum(change < 0 for change in moved) / len(moved)
     return found

@@ -4,7 +4,7 @@ Four ratios of seconds, TRL over ours, each from arms that did the same rows in 
 same optimizer, clipping and type, one after the other in every round:
 
     online     the reference is asked in every step; both as they are installed: TRL in random order, batches of 8 pairs,
-               and activations recomputed in backward
+               and activations recomputed in backward, which ours keeps
     cached     the reference scores all rows once; TRL with rows by length and the best of several batch sizes and types, and
                of keeping activations or recomputing them
     steady     a token of a pair in the cached arms, without the pass and without the first step

@@ -54,12 +54,8 @@ class Measured(Protocol):
         """Length of the rejected answer."""
 
     @property
-    def chosen_logp(self) -> float | None:
-        """Log-probability of the chosen answer."""
-
-    @property
-    def before_logp(self) -> float | None:
-        """The same under the reference or the start model."""
+    def chosen_change(self) -> float | None:
+        """How much more likely the chosen answer became, in nats a token."""
 
 
 class JudgedAnswer(Protocol):
@@ -207,11 +203,7 @@ def judge_learning(
         sources: by pair where its label came from, such as `thumbs` or `edit`.
     """
     gains = np.array([m.gain for m in measures])
-    moved = [
-        (m.chosen_logp - m.before_logp) / m.chosen_tokens
-        for m in measures
-        if m.chosen_logp is not None and m.before_logp is not None
-    ]
+    moved = [m.chosen_change for m in measures if m.chosen_change is not None]
     gaps = np.array([m.rejected_tokens - m.chosen_tokens for m in measures])
     shorter = float(0.5 * (1 + np.sign(gaps)).mean())
     accuracy = reward_accuracy(measures, resampling=Resampling(level=level, seed=seed))

@@ -43,6 +43,13 @@ class PairMeasure:
         """What training added to the margin."""
         return self.margin - self.before_margin
 
+    @property
+    def chosen_change(self) -> float | None:
+        """How much more likely the chosen answer became, in nats a token; None where it is not known how likely it was."""
+        if self.chosen_logp is None or self.before_logp is None:
+            return None
+        return (self.chosen_logp - self.before_logp) / self.chosen_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerMeasure:

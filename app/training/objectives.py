@@ -263,7 +263,8 @@ def dpo_norm(
 ) -> Losses:
     """Length-normalised DPO: -logsigmoid(beta (h_w / n_w - h_l / n_l)), equation 6 of https://arxiv.org/abs/2411.15124.
 
-    It is a mean over tokens, so beta is of another size than in DPO: 5 there.
+    It is a mean over tokens, so beta is of another size than in DPO: 5 there. So are the rewards, by which a pair counts
+    as right; TRL's `sigmoid_norm` reports beta h, as for every loss.
     """
     rewards = beta * _means(policy_logps - reference_logps, token_counts)
     return Losses(-logsigmoid(rewards[chosen] - rewards[rejected]), rewards.detach())

@@ -5,7 +5,8 @@ what rounding makes of them; a wrong mask or another model is an order of magnit
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -51,47 +52,78 @@ def check_step_zero(
     return apart
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a few groups score, and the gradient of that."""
+
+    logps: Tensor
+    """[N], detached."""
+    gradients: list[Tensor]
+    """Of the log-probabilities with alternating signs for the groups: answers to one prompt are much alike, and with
+    opposite signs little would be left but noise."""
+
+    def turned(self, expected: Self, workers: Workers) -> float:
+        """Return the norm of the difference of the gradients, as a share of the norm of those expected, over all ranks."""
+        pairs = list(zip(expected.gradients, self.gradients, strict=True))
+        squares = torch.tensor(
+            [
+                sum(float(theirs.double().square().sum()) for theirs, _ in pairs),
+                sum(float((theirs - ours).double().square().sum()) for theirs, ours in pairs),
+            ],
+            dtype=torch.float64,
+            device=self.logps.device,
+        )
+        workers.sum_(squares)
+        length, apart = squares.sqrt().tolist()
+        return float(apart / max(length, 1e-12))
+
+
+def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Scored:
+    """Score groups as one packed row."""
+    batch = PackedBatch.pack(groups).to(engine.device)
+    signs = [sign for group, sign in _signed(groups) for _ in group.responses]
+    with autocast(engine.device, dtype):
+        logps: Tensor = engine.policy(batch).logps
+    engine.backward((logps * torch.tensor(signs, device=engine.device)).sum())
+    gradients = engine.gradients()
+    engine.discard()
+    return Scored(logps.detach(), gradients)
+
+
+def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Scored:
+    """Score groups as plain rows, by the model's own attention."""
+    logps = []
+    rows = [
+        (replace(group, responses=(response,)), sign) for group, sign in _signed(groups) for response in group.responses
+    ]
+    for row, sign in rows:
+        # One graph at a time: its logits are those of all tokens.
+        with autocast(engine.device, dtype):
+            logp = plain_logps(engine.policy.model, [row]).sum()
+        engine.backward(sign * logp)
+        logps.append(logp.detach())
+    gradients = engine.gradients()
+    engine.discard()
+    return Scored(torch.stack(logps), gradients)
+
+
+def _signed(groups: Sequence[Group]) -> list[tuple[Group, float]]:
+    return [(group, 1.0 - 2.0 * (number % 2)) for number, group in enumerate(groups)]
+
+
 def check_packing(engine: Engine, groups: Sequence[Group], *, section: TrainSection, workers: Workers) -> float:
     """Compare packed scores and their gradients with plain rows on a few groups and return how far the scores are apart.
 
-    The gradient is that of the log-probabilities, with alternating signs for the groups; see `_noise`. Every rank
-    compares the same groups.
+    Every rank compares the same groups; see `_noise`.
 
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.
     """
-    policy, device = engine.policy, engine.device
-    policy.train(mode=False)
-    batch = PackedBatch.pack(groups).to(device)
-    # Answers to one prompt are much alike: with opposite signs little would be left but noise.
-    signs = [1.0 - 2.0 * (number % 2) for number, group in enumerate(groups) for _ in group.responses]
-    with autocast(device, section.dtype):
-        packed: Tensor = policy(batch).logps
-    engine.backward((packed * torch.tensor(signs, device=device)).sum())
-    gradients = engine.gradients()
-    engine.discard()
-    plain = torch.zeros_like(packed)
-    rows = [replace(group, responses=(response,)) for group in groups for response in group.responses]
-    for number, (row, sign) in enumerate(zip(rows, signs, strict=True)):
-        # One graph at a time: its logits are those of all tokens.
-        with autocast(device, section.dtype):
-            logp = plain_logps(policy.model, [row]).sum()
-        engine.backward(sign * logp)
-        plain[number] = logp.detach()
-    apart = _noise(packed.detach(), plain, batch)
-    pairs = list(zip(engine.gradients(), gradients, strict=True))
-    engine.discard()
-    squares = torch.tensor(
-        [
-            sum(float(expected.double().square().sum()) for expected, _ in pairs),
-            sum(float((expected - found).double().square().sum()) for expected, found in pairs),
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
-    workers.sum_(squares)
-    length, turned = squares.sqrt().tolist()
-    turned /= max(length, 1e-12)
+    engine.policy.train(mode=False)
+    packed = score_packed(engine, groups, dtype=section.dtype)
+    plain = score_plain(engine, groups, dtype=section.dtype)
+    apart = _noise(packed.logps, plain.logps, PackedBatch.pack(groups).to(engine.device))
+    turned = packed.turned(plain, workers)
     allowed, allowed_turn = NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
     if not (apart <= allowed and turned <= allowed_turn):
         msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: set train.attention to `plain`, then each response is a row of its own (not with train.sharding; where `prepare` scored by packed rows, `--set prepare.reuse_scores=false` too), and report this architecture."

@@ -57,7 +57,7 @@ def test_all_faults_are_listed_at_once_with_the_nearest_key(tmp_path):
 
 
 def test_an_unknown_key_without_a_near_miss_lists_the_known_ones():
-    with pytest.raises(RecipeError, match="`model.zzz`: unknown key; known: reference_model, sft, start"):
+    with pytest.raises(RecipeError, match="`model.zzz`: unknown key; known: reference_model, sft, sft_tuned_by, start"):
         parse_recipe({"name": "x", "model": {"zzz": 1}}, place="here")
 
 
@@ -162,7 +162,7 @@ def test_every_key_says_what_it_is():
 )
 def test_an_option_outside_of_what_its_objective_is_used_with_is_told(objective, options, told):
     train = parse_recipe({"name": "x", "train": {"objective": objective, "options": options}}, place="x").train
-    found = unusual_options(train.objective, train.options)
+    found = unusual_options(train.objective, train.options, tuned_by="answers")
     assert len(found) == len(told)
     assert all(words in line for words, line in zip(told, found, strict=True))
 
@@ -170,11 +170,21 @@ def test_an_option_outside_of_what_its_objective_is_used_with_is_told(objective,
 @pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
 def test_no_default_is_outside_of_what_its_objective_is_used_with(name):
     train = parse_recipe({"name": "x", "train": {"objective": name}}, place="x").train
-    assert unusual_options(train.objective, train.options) == []
+    for tuned_by in ("answers", "preferences"):
+        assert unusual_options(train.objective, train.options, tuned_by=tuned_by) == []
+
+
+def test_a_model_that_was_tuned_by_preferences_is_trained_gently():
+    rate = partial(usual_learning_rate, "dpo", "full", width=4096, total_steps=480)
+    assert rate(tuned_by="preferences") == rate(tuned_by="answers") / 2
+    train = parse_recipe({"name": "x", "train": {"options": {"beta": 0.02}}}, place="x").train
+    assert unusual_options("dpo", train.options, tuned_by="answers") == []
+    (warning,) = unusual_options("dpo", train.options, tuned_by="preferences")
+    assert warning == "train.options.beta = 0.02 is outside of what dpo is used with, 0.05 to 0.9"
 
 
 def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps():
-    full, lora = (partial(usual_learning_rate, adapter=adapter) for adapter in ("full", "lora"))
+    full, lora = (partial(usual_learning_rate, adapter=adapter, tuned_by="answers") for adapter in ("full", "lora"))
     for objective in ("dpo", "simpo", "my.module:loss"):
         assert full(objective, width=4096, total_steps=480) == 5e-7
     assert full("dpo", width=4096, total_steps=10_000) == 5e-7

@@ -207,7 +207,7 @@ def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_referen
     champion = save_model(home, ledger, loaded.model, loaded.tokenizer, name="tiny-champion", lineage=lineage)
     # Of a deployment of its own: the other runs here begin with the SFT model.
     ledger.set_champion("other", champion.model_id, expected_revision=0, actor="test", reason="better")
-    recipe = recipe_for(sft, "kto", learning_rate=1e-12)
+    recipe = recipe_for(sft, "kto", learning_rate=1e-12, held_out_every=2)
     changes = {
         "model": recipe.model.model_copy(update={"reference_model": "sft"}),
         "serving": recipe.serving.model_copy(update={"deployment": "other"}),
@@ -220,6 +220,15 @@ def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_referen
     assert max(abs(row.before_reward) for row in measured.answers) > 1e-3
     assert max(abs(row.gain) for row in (*measured.pairs, *measured.answers)) < 1e-4
     assert not result.learning.learned
+    # Nor is it a fall of the chosen answers, though they are another model's.
+    with ledger.read() as session:
+        changes = [
+            row.metrics["held_out_chosen_change"]
+            for row in session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == "adds-nothing"))
+            if row.step % 2 == 0 and row.step < result.steps
+        ]
+    assert changes
+    assert max(map(abs, changes)) < 1e-5
 
 
 @pytest.mark.full
@@ -250,12 +259,15 @@ def test_imitation_is_measured_against_the_model_that_it_started_from(cluster, s
 @pytest.mark.full
 @pytest.mark.parametrize("objective", ["simpo", "orpo", "app.training.objectives:cpo", "apo_zero_unpaired"])
 def test_other_objectives_train_in_the_job_as_in_one_process(cluster, stage, of_first_models, objective):
-    _, result, rows = train_and_compare(stage, objective)
+    _, result, rows = train_and_compare(stage, objective, held_out_every=2)
     assert isinstance(result.learning, Learning)
     free = objective != "apo_zero_unpaired"
     assert (rows[0].metrics["chosen_fell"] is None) == free
     assert all((row.before_margin != 0) == free for row in held_out_measures(stage[0], result.run_id).pairs)
     assert result.learning.chosen_change is not None
+    # With a reference or without one, against the model of step 0.
+    assert all(0 <= row.metrics["held_out_chosen_fell"] <= 1 for row in rows[1:-1:2])
+    assert rows[1].metrics["held_out_chosen_change"] != rows[3].metrics["held_out_chosen_change"] != 0
 
 
 def test_a_snapshot_of_another_kind_of_objective_is_refused(cluster, stage):

@@ -19,17 +19,22 @@ def bench(home, ledger, tiny_model):
 
 
 def test_packed_rows_and_a_run_that_continues_pass_on_a_cpu(bench):
-    assert "gradients within the tolerance" in selftest.packing(bench, "sdpa", "float32")
+    for make in (selftest._policy, selftest._windowed):
+        assert "gradients within the tolerance" in selftest.packing(bench, make, "sdpa", "float32")
+        assert "from the gradient of plain rows in float32" in selftest.packing(bench, make, "sdpa", "bfloat16")
     assert "differ by 0.0e+00" in selftest.resume(bench)
 
 
 def test_what_needs_a_gpu_is_not_run_and_says_so(bench):
     for backend in ("flex", "varlen"):
         with pytest.raises(selftest.NotRun, match="no GPU"):
-            selftest.packing(bench, backend, "bfloat16")
+            selftest.packing(bench, selftest._policy, backend, "bfloat16")
+        with pytest.raises(selftest.NotRun, match="no GPU"):
+            selftest.job(bench, selftest._section("bfloat16", backend))
 
 
-def test_a_wrong_attention_fails_the_self_test(bench, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_attention_fails_the_self_test(bench, monkeypatch, dtype):
     """As if every answer saw the one before it."""
     labels = Layout.__init__
 
@@ -38,9 +43,11 @@ def test_a_wrong_attention_fails_the_self_test(bench, monkeypatch):
         labels(self, joined, device)
 
     monkeypatch.setattr(Layout, "__init__", wrong)
-    check = selftest._check("packed", lambda: selftest.packing(bench, "sdpa", "float32"), lambda line: None)
+    check = selftest._check(
+        "packed", lambda: selftest.packing(bench, selftest._policy, "sdpa", dtype), lambda line: None
+    )
     assert check.status == "failed"
-    assert "packed" in check.detail
+    assert "packed rows" in check.detail
 
 
 @pytest.mark.full
@@ -51,6 +58,8 @@ def test_the_whole_self_test_writes_one_json(tiny_model, tmp_path, capsys):
     status = {check["name"]: check["status"] for check in result["checks"]}
     assert status["the train job = one process"] == "passed"
     assert status["the train job in slices (ZeRO-3) = one process"] == "passed"
+    assert status["the train job in bfloat16, sdpa = one process"] == "passed"
+    assert status["packed = plain rows in a window, sdpa, bfloat16"] == "passed"
     assert status["pairs a second against TRL"] == "passed"
     assert status["packed = plain rows, varlen, bfloat16"] == "not run"
     assert result["machine"]["gpus"] == []

@@ -68,6 +68,8 @@ def test_names_are_those_that_trl_writes():
         "eval/loss",
         "train/rewards/ties",
         "eval/rewards/ties",
+        "eval/chosen_change",
+        "eval/chosen_fell",
     }
     for name in set(_NAMES.values()) - ours:
         assert f'"{name.split("/", 1)[1]}"' in written, name

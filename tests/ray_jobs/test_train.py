@@ -396,7 +396,7 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
         per_epoch = session.get_one(RunRow, "unbroken").metrics["total_steps"] / 2
         total = session.get_one(RunRow, "mortal").metrics["total_steps"]
     assert 25 <= total < 25 + per_epoch
-    usual = usual_learning_rate("dpo", "lora", width=32, total_steps=total)
+    usual = usual_learning_rate("dpo", "lora", width=32, total_steps=total, tuned_by="answers")
     first = learning_rate_factor(0, total_steps=total, warmup_ratio=0.1, schedule="cosine")
     assert steps_of(ledger, "mortal")[0]["learning_rate"] == pytest.approx(usual * first)
 
