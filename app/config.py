@@ -239,7 +239,6 @@ _USUAL: Mapping[str, Mapping[str, tuple[float, float]]] = {
 }
 """Ranges of options in which published runs lie."""
 _WEAKEST_PULL = 0.05
-"""Least beta without a warning for a model that was tuned by preferences before: Zephyr's 0.01 began with an SFT model."""
 
 
 def unusual_options(objective: str, options: Mapping[str, Any], *, tuned_by: TunedBy) -> list[str]:
@@ -247,13 +246,17 @@ def unusual_options(objective: str, options: Mapping[str, Any], *, tuned_by: Tun
 
     `tuned_by` is what the model that training begins with learned from.
     """
-    found = []
-    for name, (low, high) in _USUAL.get(objective, {}).items():
-        least = max(low, _WEAKEST_PULL) if name == "beta" and tuned_by == "preferences" else low
-        if not least <= options[name] <= high:
-            found.append(
-                f"train.options.{name} = {options[name]:g} is outside of what {objective} is used with, {least:g} to {high:g}"
-            )
+    usual = _USUAL.get(objective, {})
+    found = [
+        f"train.options.{name} = {options[name]:g} is outside of what {objective} is used with, {low:g} to {high:g}"
+        for name, (low, high) in usual.items()
+        if not low <= options[name] <= high
+    ]
+    pulled = "beta" in usual and objective not in REFERENCE_FREE
+    if pulled and tuned_by == "preferences" and usual["beta"][0] <= options["beta"] < _WEAKEST_PULL:
+        found.append(
+            f"train.options.beta = {options['beta']:g} holds a model that was tuned by preferences before only loosely: 0.05 to 0.1 is usual"
+        )
     return found
 
 
@@ -287,12 +290,12 @@ def usual_learning_rate(
     - but for `sft`, times 480 / `total_steps`, from 1 to 8: preference training is published with rates so small that
       some 480 steps (61 thousand pairs, 128 a step) do not move the model too far, and a run of few steps at them hardly
       moves it at all. (ORPO's authors took 9500 steps, so for it that is on the careful side.)
-    - times a half where the model was `tuned_by` preferences before: the published rates are those of SFT models, and what
-      such a model has to lose is more. The half is ours: OLMo 3's rates, 1e-6 and 8e-8, are further apart.
+    - but for `sft`, times a half where the model was `tuned_by` preferences before: most published rates are those of SFT
+      models, and what such a model has to lose is more. The half is ours: OLMo 3's rates, 1e-6 and 8e-8, are further apart.
     """
     full, adapters = _LEARNING_RATES.get(objective, _OTHERS)
     faster = 1.0 if objective == "sft" else min(max(_PUBLISHED_STEPS / total_steps, 1.0), _MOST_FASTER)
-    gentler = _TUNED_BEFORE if tuned_by == "preferences" else 1.0
+    gentler = _TUNED_BEFORE if tuned_by == "preferences" and objective != "sft" else 1.0
     return (full if adapter == "full" else adapters) * faster * gentler * _PUBLISHED_WIDTH / width
 
 

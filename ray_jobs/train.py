@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from app.config import Recipe, TrainSection, unusual_options, unusual_rate, usual_learning_rate
+from app.config import Recipe, TrainSection, TunedBy, unusual_options, unusual_rate, usual_learning_rate
 from app.errors import (
     DataError,
     OutOfMemory,
@@ -150,15 +150,16 @@ def _train(
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
     total_steps = min(steps, section.max_steps or steps)
+    tuned_by = _tuned_by(start, recipe)
     usual = usual_learning_rate(
         section.objective,
         section.adapter,
         width=model_width(home, start.model_id),
         total_steps=total_steps,
-        tuned_by=recipe.model.sft_tuned_by,
+        tuned_by=tuned_by,
     )
     warnings = [
-        *unusual_options(section.objective, section.options, tuned_by=recipe.model.sft_tuned_by),
+        *unusual_options(section.objective, section.options, tuned_by=tuned_by),
         *_warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu),
     ]
     if console is not None:
@@ -217,6 +218,14 @@ def _train(
         raise
     finally:
         follower.end()
+
+
+def _tuned_by(start: ModelRow, recipe: Recipe) -> TunedBy:
+    """Return what the model that training begins with learned from; of what came from outside the recipe knows."""
+    made_by = start.manifest.get("recipe")
+    if made_by is None:
+        return recipe.model.sft_tuned_by
+    return "answers" if made_by.get("train", {}).get("objective") == "sft" else "preferences"
 
 
 def _warnings(section: TrainSection, usual: float, *, held_out: int, on_cpus: bool) -> list[str]:

@@ -53,7 +53,7 @@ def check_step_zero(
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class Trial:
     """What a few groups score, and the gradient of that."""
 
     logps: Tensor
@@ -78,8 +78,9 @@ class Scored:
         return float(apart / max(length, 1e-12))
 
 
-def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Scored:
+def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as one packed row."""
+    engine.policy.train(mode=False)
     batch = PackedBatch.pack(groups).to(engine.device)
     signs = [sign for group, sign in _signed(groups) for _ in group.responses]
     with autocast(engine.device, dtype):
@@ -87,11 +88,12 @@ def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Scor
     engine.backward((logps * torch.tensor(signs, device=engine.device)).sum())
     gradients = engine.gradients()
     engine.discard()
-    return Scored(logps.detach(), gradients)
+    return Trial(logps.detach(), gradients)
 
 
-def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Scored:
+def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as plain rows, by the model's own attention."""
+    engine.policy.train(mode=False)
     logps = []
     rows = [
         (replace(group, responses=(response,)), sign) for group, sign in _signed(groups) for response in group.responses
@@ -104,7 +106,7 @@ def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Score
         logps.append(logp.detach())
     gradients = engine.gradients()
     engine.discard()
-    return Scored(torch.stack(logps), gradients)
+    return Trial(torch.stack(logps), gradients)
 
 
 def _signed(groups: Sequence[Group]) -> list[tuple[Group, float]]:
@@ -119,7 +121,6 @@ def check_packing(engine: Engine, groups: Sequence[Group], *, section: TrainSect
     Raises:
         TrainingError: the packed attention does not compute what this model's own attention does.
     """
-    engine.policy.train(mode=False)
     packed = score_packed(engine, groups, dtype=section.dtype)
     plain = score_plain(engine, groups, dtype=section.dtype)
     apart = _noise(packed.logps, plain.logps, PackedBatch.pack(groups).to(engine.device))

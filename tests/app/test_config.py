@@ -175,12 +175,17 @@ def test_no_default_is_outside_of_what_its_objective_is_used_with(name):
 
 
 def test_a_model_that_was_tuned_by_preferences_is_trained_gently():
-    rate = partial(usual_learning_rate, "dpo", "full", width=4096, total_steps=480)
-    assert rate(tuned_by="preferences") == rate(tuned_by="answers") / 2
+    rate = partial(usual_learning_rate, adapter="full", width=4096, total_steps=480)
+    for objective in OBJECTIVE_OPTIONS:
+        before, after = (rate(objective, tuned_by=tuned_by) for tuned_by in ("answers", "preferences"))
+        assert after == (before if objective == "sft" else before / 2)
     train = parse_recipe({"name": "x", "train": {"options": {"beta": 0.02}}}, place="x").train
     assert unusual_options("dpo", train.options, tuned_by="answers") == []
     (warning,) = unusual_options("dpo", train.options, tuned_by="preferences")
-    assert warning == "train.options.beta = 0.02 is outside of what dpo is used with, 0.05 to 0.9"
+    assert warning.startswith(
+        "train.options.beta = 0.02 holds a model that was tuned by preferences before only loosely"
+    )
+    assert unusual_options("cpo", {"beta": 0.02}, tuned_by="preferences") == []
 
 
 def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps():

@@ -222,13 +222,13 @@ def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_referen
     assert not result.learning.learned
     # Nor is it a fall of the chosen answers, though they are another model's.
     with ledger.read() as session:
-        changes = [
+        moved = [
             row.metrics["held_out_chosen_change"]
             for row in session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == "adds-nothing"))
             if row.step % 2 == 0 and row.step < result.steps
         ]
-    assert changes
-    assert max(map(abs, changes)) < 1e-5
+    assert moved
+    assert max(map(abs, moved)) < 1e-5
 
 
 @pytest.mark.full

@@ -38,7 +38,7 @@ from app.training.snapshots import (
 )
 from app.training.tokenization import Group, Preference
 from ray_jobs.recorder import StepRecorder
-from ray_jobs.train import _cause, _warnings, train
+from ray_jobs.train import _cause, _tuned_by, _warnings, train
 from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
@@ -399,6 +399,17 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     usual = usual_learning_rate("dpo", "lora", width=32, total_steps=total, tuned_by="answers")
     first = learning_rate_factor(0, total_steps=total, warmup_ratio=0.1, schedule="cosine")
     assert steps_of(ledger, "mortal")[0]["learning_rate"] == pytest.approx(usual * first)
+
+
+def test_what_a_start_model_learned_from_is_known_by_its_lineage_and_else_by_the_recipe():
+    def tuned_by(manifest, told="answers"):
+        recipe = parse_recipe({"name": "x", "model": {"sft_tuned_by": told}}, place="x")
+        return _tuned_by(ModelRow(manifest=manifest), recipe)
+
+    assert tuned_by({"recipe": None}) == "answers"
+    assert tuned_by({"recipe": None}, told="preferences") == "preferences"
+    assert tuned_by({"recipe": {"train": {"objective": "sft"}}}, told="preferences") == "answers"
+    assert tuned_by({"recipe": {"train": {"objective": "kto"}}}) == "preferences"
 
 
 @pytest.mark.parametrize(
