@@ -55,6 +55,13 @@ class Machine:
         """Return a command that runs with this machine's network and this one's files: a tunnel's end."""
         return ["nsenter", f"--net=/run/netns/{self.cable}", *arguments]
 
+    def inside(self, *arguments: str) -> list[str]:
+        """Return a command that runs on this machine, as a shell of its own would."""
+        theirs = f"/proc/{self.process.pid}/ns"
+        kinds = ("mount=mnt", "uts=uts", "ipc=ipc", "net=net", "pid=pid_for_children")
+        entered = [f"--{option}={theirs}/{name}" for option, name in (kind.split("=") for kind in kinds)]
+        return ["nsenter", *entered, *arguments]
+
     def lose(self) -> None:
         """Take it away as a power cut does: nobody is told."""
         subprocess.run(["ip", "link", "set", self.cable, "down"], check=True)
