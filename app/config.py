@@ -109,7 +109,7 @@ class PrepareSection(Section):
     too_long: Literal["drop", "truncate_response", "refuse"] = Field("drop", description="What becomes of longer rows.")
     seed: int = Field(0, ge=0, description="Seed of the fixed global shuffle.")
     rows_per_file: int = Field(4096, ge=1, description="Rows of one Parquet part file.")
-    reuse_scores: bool = Field(True, description="Take what the same reference scored for the snapshot before.")
+    reuse_scores: bool = Field(True, description="Take what the same reference scored for one of the last snapshots.")
 
 
 class LoraSection(Section):

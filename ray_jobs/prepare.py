@@ -4,13 +4,14 @@
 
 Text is tokenised in the job; with `train.reference: precomputed` the frozen reference scores every response once in
 Ray Data actors that hold it. What cannot train is counted by reason in the manifest. What the same reference
-scored for the newest snapshot before is not scored again.
+scored for one of the last snapshots is not scored again.
 """
 
 import argparse
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -37,6 +38,7 @@ from app.training.policy import autocast
 from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, unpackable, with_reference_logps
 from app.training.snapshots import (
     Binding,
+    Scored,
     from_row,
     global_order,
     groups_of_table,
@@ -51,7 +53,7 @@ from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
 _MOST_OF_A_BLOCK = 512
-"""Rows that an actor takes at once, at most: Ray Data ends an execution in which nothing is done for half an hour."""
+"""Rows that an actor takes at once, at most: as often it is known how far the pass is."""
 
 
 def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
@@ -166,11 +168,16 @@ def _with_reference(
 ) -> list[Group]:
     """Return the groups with the log-probabilities of the reference; only what it has not scored yet is computed."""
     wanted = {(group.prompt_ids, response) for group in groups for response in group.responses}
-    known = (
-        known_scores(home, ledger, wanted, reference_digest=reference.digest, dtype=recipe.train.dtype)
-        if recipe.prepare.reuse_scores
-        else {}
-    )
+    known: Mapping[Scored, float] = {}
+    if recipe.prepare.reuse_scores:
+        before = known_scores(home, ledger, wanted, reference_digest=reference.digest, dtype=recipe.train.dtype)
+        known = before.logps
+        for snapshot_id, why in before.damaged.items():
+            if console is not None:
+                told = (
+                    f"prepare: scores of the training snapshot `{snapshot_id}` are not used again, it is damaged: {why}"
+                )
+                console.print(told, highlight=False, markup=False)
     unknown = [g for g in groups if any((g.prompt_ids, response) not in known for response in g.responses)]
     computed = score_reference(home, reference.model_id, unknown, recipe, console) if unknown else []
     if console is not None and len(unknown) < len(groups):
@@ -198,6 +205,9 @@ def score_reference(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # What an actor has scored moves when its block is whole, which may take longer than the half hour without a block's
+    # move after which Ray Data ends an execution; and so may waiting for room.
+    context.execution_no_progress_timeout_s = -1
     # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     most = max(min(len(groups) // _SCORE_BATCH, 8 * workers.workers), math.ceil(len(groups) / _MOST_OF_A_BLOCK))

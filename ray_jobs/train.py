@@ -150,7 +150,7 @@ def _train(
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
     total_steps = min(steps, section.max_steps or steps)
-    tuned_by = _tuned_by(start, recipe)
+    tuned_by = _tuned_by(ledger, start, recipe)
     usual = usual_learning_rate(
         section.objective,
         section.adapter,
@@ -220,12 +220,15 @@ def _train(
         follower.end()
 
 
-def _tuned_by(start: ModelRow, recipe: Recipe) -> TunedBy:
-    """Return what the model that training begins with learned from; of what came from outside the recipe knows."""
-    made_by = start.manifest.get("recipe")
-    if made_by is None:
-        return recipe.model.sft_tuned_by
-    return "answers" if made_by.get("train", {}).get("objective") == "sft" else "preferences"
+def _tuned_by(ledger: Ledger, start: ModelRow, recipe: Recipe) -> TunedBy:
+    """Return what a model and those it descends from learned from; of the one from outside the recipe knows."""
+    row: ModelRow | None = start
+    with ledger.read() as session:
+        while row is not None and (made_by := row.manifest.get("recipe")) is not None:
+            if made_by.get("train", {}).get("objective") != "sft":
+                return "preferences"
+            row = session.get(ModelRow, row.parent_id) if row.parent_id is not None else None
+    return recipe.model.sft_tuned_by
 
 
 def _warnings(section: TrainSection, usual: float, *, held_out: int, on_cpus: bool) -> list[str]:

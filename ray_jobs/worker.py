@@ -326,6 +326,7 @@ class _Sliced(_Whole):
         self.merge = partial(zero.merge_in_slices, dtype=self._dtype)
         self._held: Any = None
         self._loading: list[int] = []
+        self._reference_loading: list[int] = []
 
     def _wanted(self, name: str) -> bool:
         """Only the first worker reads weights."""
@@ -368,7 +369,7 @@ class _Sliced(_Whole):
 
     def watch(self, reference: ScoringModel) -> None:
         """Measure what a reference takes."""
-        self._held = self._zero.Held(reference)
+        self._held, self._reference_loading = self._zero.Held(reference), self._loading
 
     def look_away(self) -> None:
         """Stop to measure what a reference takes: the steps are alike."""
@@ -383,7 +384,7 @@ class _Sliced(_Whole):
         if self._held is None:
             return {}
         held = self._held
-        rows = self.workers.gather([(held.slices, max(self._loading), held.peak)])
+        rows = self.workers.gather([(held.slices, max(self._reference_loading), held.peak)])
         slices, loading, peaks = zip(*rows, strict=True)
         return {
             "total": held.total,

@@ -105,10 +105,7 @@ def bench_train(
         msg = f"`--expect {strange[0]}`: no such ratio; there are: {', '.join(f'`{name}`' for name in known)}"
         raise RecipeError(msg)
     if targets is not None:
-        expected = {name: value for name, value in TARGETS[targets].items() if name in known} | expected
-        if not expected:
-            msg = f"--targets {targets}: none of them is about what is measured here; there are: {', '.join(f'`{name}`' for name in known)}"
-            raise RecipeError(msg)
+        expected = _targets(targets, settings, known) | expected
     bench_home, works, pairs = _works(home, settings)
     loaded = load_model(bench_home, works[kinds[0]].model_id, dtype=settings.dtype)
     shape, threads = ModelShape.of(loaded.model), works[kinds[0]].threads
@@ -176,6 +173,26 @@ def _tell(tell: Say, lines: Sequence[str]) -> None:
         tell(line)
 
 
+def _targets(name: str, settings: BenchSettings, known: Sequence[str]) -> dict[str, float]:
+    """Return the targets that are about what is measured; raises RecipeError where they are of another work."""
+    needed = {"groups_of_4": {"--groups": "4"}, "one_token_prompts": {"--prompt-tokens": "1"}}.get(name, {})
+    given = {"--groups": settings.answers, "--prompt-tokens": settings.prompt_tokens}
+    asked = {option: str(value) for option, value in given.items() if value is not None}
+    if asked != needed or settings.adapter != "full":
+        having = " ".join(f"{option} {value}" for option, value in needed.items()) or "the pairs of the data"
+        msg = f"--targets {name} are of full fine-tuning on {having}\n\nHint: leave out --targets and say what you expect with --expect."
+        raise RecipeError(msg)
+    found = {
+        ratio: value
+        for ratio, value in TARGETS[name].items()
+        if ratio in known and (ratio != "memory" or settings.dtype == "bfloat16")
+    }
+    if not found:
+        msg = f"--targets {name}: none of them is about what is measured here; there are: {', '.join(f'`{ratio}`' for ratio in known)}"
+        raise RecipeError(msg)
+    return found
+
+
 def _expected(given: Sequence[str]) -> dict[str, float]:
     """Read `RATIO=X`; raises RecipeError where it is not of this form."""
     found = {}
@@ -202,7 +219,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
             home_uri=bench_home.uri,
             sft=settings.model,
             model_id=model_id,
-            groups=tuple(groups if settings.prompt_tokens is None else cut_prompts(groups, settings.prompt_tokens)),
+            groups=tuple(groups),
             adapter=settings.adapter,
             dtype=settings.dtype,
             max_length=settings.max_length,
@@ -215,7 +232,12 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
     if settings.answers is None:
         _require_steps(settings, BATCH, _STEPS_OF_JOB if settings.as_text else _STEPS)
         pairs, groups = read_work(
-            settings.data, loaded, max_length=settings.max_length, pairs=settings.pairs, batch_pairs=BATCH
+            settings.data,
+            loaded,
+            max_length=settings.max_length,
+            pairs=settings.pairs,
+            batch_pairs=BATCH,
+            prompt_tokens=settings.prompt_tokens,
         )
         return bench_home, {"": work(groups, BATCH)}, pairs
     return bench_home, _sampled(bench_home, settings, loaded, work), ()
@@ -246,6 +268,8 @@ def _sampled(
         max_length=settings.max_length,
         kept_in=home.local("groups"),
     )
+    if settings.prompt_tokens is not None:
+        groups = cut_prompts(groups, settings.prompt_tokens)
     fewer = groups[: settings.pairs // batch_pairs * batch_pairs // every]
     return {
         "best against the rest: ": work(best_against_rest(groups), batch_pairs),

@@ -5,7 +5,9 @@ tokens, the order of its rows, a callback that reads the clock, and a collator t
 an extra (`bench`).
 
 By length, all rows are sorted. TRL's own sampler sorts each 50 steps of a real data set (400 rows), but of 32 rows only
-each step by itself; the rows of a work are whole steps out of such a sorted stretch, and sorted they lie in these again.
+each step by itself; the rows of a work are whole steps out of such a sorted stretch, and sorted they lie in these again
+(sampled answers are to random prompts, whose rows are sorted as they are). The first step, which is no part of the steady
+state, is one of middle length, where TRL would take the longest.
 """
 
 import itertools
@@ -76,7 +78,10 @@ def pinned_trainer(
         def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
             if arm.order == "sequential":
                 return super()._get_train_sampler(*arguments, **named)
-            return sorted(range(len(self.train_dataset)), key=lambda i: -lengths[i])
+            ordered = sorted(range(len(self.train_dataset)), key=lambda i: -lengths[i])
+            middle = len(steps) // 2 * work.batch_pairs
+            first = ordered[middle : middle + work.batch_pairs]
+            return first + ordered[:middle] + ordered[middle + work.batch_pairs :]
 
     section = section_of(work)
     tokenizer = load_tokenizer(Home.at(work.home_uri), work.model_id)

@@ -43,7 +43,9 @@ _FINAL = 2
 _LOSSES_APART = {"bfloat16": 0.05, "float32": 2e-3}
 """Of one step in two runs; in bf16 the noise of a reward margin is `beta` times some tenths of a nat."""
 _LOGPS_APART = 0.01
-"""Of the mean log-probability of chosen answers, relative: another row of a step would change it by a tenth."""
+"""Of the mean log-probability of chosen answers of a step, relative: another row would change it by a tenth."""
+_LOGPS_APART_REORDERED = 0.05
+"""Of the mean over all steps of runs whose order differs: one sees as the policy was before it moved what the other sees after."""
 
 Part = Literal["online", "cached", "headline"]
 RATIOS: Mapping[Part, tuple[str, ...]] = {
@@ -218,13 +220,19 @@ def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
     ordered = by_length(work.groups)
     runs = [tuple(ordered[i : i + run]) for i in range(0, len(ordered) - run + 1, run)]
     wanted = min(count // pairs // run, len(runs))
-    groups = [group for i in range(wanted) for group in runs[(2 * i + 1) * len(runs) // (2 * wanted)]]
+    # Between two runs the longer one: what memory does not hold is not chosen.
+    groups = [group for i in range(wanted) for group in runs[-(-(2 * i + 1) * len(runs) // (2 * wanted)) - 1]]
     trial = replace(work, groups=tuple(groups), batch_pairs=len(groups) * pairs)
 
     def seconds(arm: Arm) -> float:
-        took = run_arm(trial, arm).total
         how = "recomputing" if arm.checkpointing else "keeping"
-        say(f"tuning TRL: batches of {arm.batch} pairs, {arm.dtype}, {how} activations: {took:.1f} s")
+        what = f"tuning TRL: batches of {arm.batch} pairs, {arm.dtype}, {how} activations"
+        try:
+            took = run_arm(trial, arm).total
+        except TrainingError as error:
+            say(f"{what}: left out, it failed: {error}")
+            return math.inf
+        say(f"{what}: {took:.1f} s")
         return took
 
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -241,10 +249,13 @@ def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
                     continue
                 arm = Arm("trial", "trl", "cached", dtype, batch, order="by_length", checkpointing=checkpointing)
                 first[arm] = seconds(arm)
-                if first[arm] > _SLOWER * fastest:
+                if first[arm] == math.inf or first[arm] > _SLOWER * fastest:
                     break
                 fastest = min(fastest, first[arm])
-    best = sorted(first, key=first.__getitem__)[:_FINAL]
+    best = sorted((arm for arm, took in first.items() if took < math.inf), key=first.__getitem__)[:_FINAL]
+    if not best:
+        msg = "TRL with a cached reference failed in every way that was tried"
+        raise TrainingError(msg)
     return min(best, key=lambda arm: min(first[arm], seconds(arm)))
 
 
@@ -283,7 +294,9 @@ def _two_epochs(measured: Measured) -> float:
 def _check_rows(ours: Measured, rival: Measured) -> None:
     """The cached arms, whose order differs, took the same rows."""
     logps = [statistics.fmean(arm.logps) for arm in (ours, rival)]
-    if sum(ours.step_tokens) != sum(rival.step_tokens) or not abs(logps[0] - logps[1]) <= _LOGPS_APART * abs(logps[1]):
+    if sum(ours.step_tokens) != sum(rival.step_tokens) or not abs(logps[0] - logps[1]) <= _LOGPS_APART_REORDERED * abs(
+        logps[1]
+    ):
         msg = f"the timed runs did not do the same work: tokens {sum(ours.step_tokens)} and {sum(rival.step_tokens)}, log-probability of chosen answers {logps[0]:g} and {logps[1]:g}"
         raise TrainingError(msg)
 

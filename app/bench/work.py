@@ -99,13 +99,13 @@ def pair_rows(group: Group) -> list[dict[str, list[int]]]:
 
 
 def read_work(
-    data: Path, loaded: LoadedModel, *, max_length: int, pairs: int, batch_pairs: int
+    data: Path, loaded: LoadedModel, *, max_length: int, pairs: int, batch_pairs: int, prompt_tokens: int | None = None
 ) -> tuple[list[Pair], list[Group]]:
     """Read preference data and return as many pairs, one of each prompt, as rows and as groups in the same random order.
 
     They are whole steps of a trainer that goes by length: a pool of some hundred random pairs is sorted by length and cut
     into steps, and of these as many are taken as are asked for, at even distances. So a few pairs can be put together as
-    well as a whole data set could, and have its lengths.
+    well as a whole data set could, and have its lengths; of prompts that are cut to `prompt_tokens` those after the cut.
 
     Raises:
         DataError: the file cannot be read, or has fewer usable pairs than asked for.
@@ -117,6 +117,8 @@ def read_work(
     if len(groups) < count:
         msg = f"`{data}` has {len(groups)} pairs on prompts shorter than {max_length} tokens, fewer than --pairs {pairs} (in steps of {batch_pairs})\n\nHint: lower --pairs, or raise --max-length."
         raise DataError(msg)
+    if prompt_tokens is not None:
+        groups = cut_prompts(groups, prompt_tokens)
     pool = by_length(global_order(groups, seed=0)[: max(_POOL, count)])
     steps = [pool[i : i + batch_pairs] for i in range(0, len(pool) - batch_pairs + 1, batch_pairs)]
     wanted = count // batch_pairs

@@ -7,7 +7,7 @@ rows lie in files of their own (`train-*`, `held_out-*`), so a job reads what it
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -79,48 +79,57 @@ _LOOKED_INTO = 8
 """Snapshots in which scores are looked for: those of some data sets and units that are trained on in turn."""
 
 
-def known_scores(
-    home: Home, ledger: Ledger, wanted: Set[Scored], *, reference_digest: str, dtype: str
-) -> dict[Scored, float]:
+@dataclass(frozen=True)
+class KnownScores:
+    """What a reference scored before."""
+
+    logps: Mapping[Scored, float]
+    damaged: Mapping[str, str]
+    """Snapshots that were passed over, by id, and why."""
+
+
+def known_scores(home: Home, ledger: Ledger, wanted: Set[Scored], *, reference_digest: str, dtype: str) -> KnownScores:
     """Return what this reference gave to prompts and responses in the newest snapshots that it scored.
+
+    Snapshots are read until all is found, or until one adds nothing to what newer ones had: data that grow are in the
+    newest, and data sets that are trained on in turn in one of the last.
 
     Args:
         home: where they lie.
         ledger: knows them.
-        wanted: what is asked for; once all of it is found no further snapshot is read.
+        wanted: what is asked for.
         reference_digest: of the model.
         dtype: in which it scored.
-
-    Raises:
-        DataError: a snapshot is damaged.
     """
     with ledger.read() as session:
         rows = session.scalars(
             sa.select(SnapshotRow).where(SnapshotRow.kind == "training").order_by(SnapshotRow.created_at.desc())
         ).all()
     found: dict[Scored, float] = {}
-    looked_into = 0
-    for row in rows:
-        artifact = home.artifact("training", row.snapshot_id)
-        binding = row.manifest["binding"]
-        if (binding["reference_digest"], binding["dtype"]) == (reference_digest, dtype) and artifact.exists():
-            if looked_into == _LOOKED_INTO or found.keys() == wanted:
-                break
-            looked_into += 1
-            try:
-                artifact.verify()
-            except DataError as error:
-                msg = f"training snapshot `{row.snapshot_id}`, whose reference scores would be used again, is damaged: {error}\n\nHint: score everything anew with `--set prepare.reuse_scores=false`."
-                raise DataError(msg) from None
-            groups = (group for split in Split for group in read_groups(artifact, split))
-            scores = {
-                (group.prompt_ids, response): logp
-                for group in groups
-                for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
-                if math.isfinite(logp) and (group.prompt_ids, response) in wanted
-            }
-            found = scores | found
-    return found
+    damaged: dict[str, str] = {}
+    of_this = (
+        home.artifact("training", row.snapshot_id)
+        for row in rows
+        if (row.manifest["binding"]["reference_digest"], row.manifest["binding"]["dtype"]) == (reference_digest, dtype)
+    )
+    for artifact in itertools.islice((artifact for artifact in of_this if artifact.exists()), _LOOKED_INTO):
+        try:
+            artifact.verify()
+        except DataError as error:
+            damaged[artifact.name] = str(error)
+            continue
+        groups = (group for split in Split for group in read_groups(artifact, split))
+        scores = {
+            (group.prompt_ids, response): logp
+            for group in groups
+            for response, logp in zip(group.responses, group.reference_logps or (), strict=True)
+            if math.isfinite(logp) and (group.prompt_ids, response) in wanted
+        }
+        known = len(found)
+        found = scores | found
+        if len(found) == len(wanted) or 0 < known == len(found):
+            break
+    return KnownScores(found, damaged)
 
 
 def write_training_snapshot(

@@ -203,7 +203,7 @@ def test_the_training_snapshot_of_version_1_is_read(old, old_ledger):
     (third,) = read_groups(artifact, Split.HELD_OUT)
     assert (third.pairs, third.cluster) == ((Preference(1, 0, 0.25, "pair-c", "edit"),), "cluster-c")
     wanted = {(g.prompt_ids, r) for split in Split for g in read_groups(artifact, split) for r in g.responses}
-    scores = known_scores(old, old_ledger, wanted, reference_digest=loaded_digest(old), dtype="bfloat16")
+    scores = known_scores(old, old_ledger, wanted, reference_digest=loaded_digest(old), dtype="bfloat16").logps
     assert (scores[(1, 2, 3), (6, 0)], scores[(1, 9), (5, 0)], len(scores)) == (-1.5, -0.75, 5)
 
 

@@ -110,6 +110,9 @@ def test_the_timed_runs_of_both_trainers_take_the_same_steps(work, adapter, refe
 def test_trl_goes_by_length_where_it_is_told_to(work):
     told = run_trl(work, replace(TRL, reference="cached", order="by_length", batch=2))
     assert told.computed_tokens < run_trl(work, replace(TRL, batch=2)).computed_tokens
+    # The step that the steady state leaves out has neither the longest rows nor the shortest.
+    assert sorted(told.step_tokens)[1] == told.step_tokens[0]
+    assert told.step_tokens[1] > told.step_tokens[2]
 
 
 @pytest.mark.parametrize("layout", [name for name, _ in LAYOUTS])
@@ -201,6 +204,15 @@ def test_the_pairs_of_a_benchmark_are_steps_of_like_length_of_all_lengths_in_ran
     lengths = sorted(map(longest_pair, every), reverse=True)
     assert sorted(map(longest_pair, groups), reverse=True) == lengths[8:16] + lengths[24:32]
     assert [longest_pair(group) for group in groups] != sorted(map(longest_pair, groups), reverse=True)
+
+
+def test_cut_prompts_are_sorted_by_the_length_that_is_left(home, model_id, data):
+    loaded = load_model(home, model_id, dtype="float32")
+    _, every = read_work(data, loaded, max_length=64, pairs=40, batch_pairs=8, prompt_tokens=1)
+    _, groups = read_work(data, loaded, max_length=64, pairs=16, batch_pairs=8, prompt_tokens=1)
+    assert {len(group.prompt_ids) for group in groups} == {1}
+    lengths = sorted(map(longest_pair, every), reverse=True)
+    assert sorted(map(longest_pair, groups), reverse=True) == lengths[8:16] + lengths[24:32]
 
 
 def test_too_few_pairs_are_told(home, model_id, data):
@@ -382,10 +394,54 @@ def test_targets_are_held_against_what_is_measured_alone(home, data, tiny_model,
     assert set(found.tree["works"]["pairs"]["ratios"]) == set(RATIOS["cached"])
     assert not [line for line in told if line.startswith(("online", "headline"))]
     with pytest.raises(RecipeError, match="--targets groups_of_4: none of them is about what is measured here"):
-        bench_train(home, settings, expect=[], targets="groups_of_4", say=print, tell=print)
+        bench_train(
+            home,
+            replace(settings, answers=4),
+            expect=["all pairs: cached=1"],
+            targets="groups_of_4",
+            say=print,
+            tell=print,
+        )
     with pytest.raises(RecipeError, match="--only headline: sampled answers and cut prompts are no text"):
         cut = replace(settings, only="headline", prompt_tokens=1)
         bench_train(home, cut, expect=[], targets=None, say=print, tell=print)
+
+
+@pytest.mark.parametrize(
+    ("targets", "changed"),
+    [
+        ("hh_rlhf", {"answers": 4}),
+        ("hh_rlhf", {"prompt_tokens": 1}),
+        ("hh_rlhf", {"adapter": "lora"}),
+        ("groups_of_4", {}),
+        ("groups_of_4", {"answers": 3}),
+        ("one_token_prompts", {"prompt_tokens": 2}),
+    ],
+)
+def test_targets_of_other_work_are_refused(home, data, tiny_model, targets, changed):
+    settings = settings_of(data, tiny_model, rounds=1) if not changed else settings_of(data, tiny_model, **changed)
+    with pytest.raises(RecipeError, match=f"--targets {targets} are of full fine-tuning on "):
+        bench_train(home, settings, expect=[], targets=targets, say=print, tell=print)
+
+
+def test_a_way_of_trl_that_fails_is_told_and_left_out(work, monkeypatch):
+    def run(trial, arm):
+        if arm.batch > 1 or arm.dtype == "float32":
+            raise TrainingError("killed")
+        return Measured(0.5, (2.0 if arm.checkpointing else 1.0,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
+
+    monkeypatch.setattr("app.bench.train.run_arm", run)
+    told = []
+    best = _tuned(replace(work, groups=work.groups * 2), {"bfloat16": 1.0, "float32": 1.0}, told.append)
+    assert (best.dtype, best.batch, best.checkpointing) == ("bfloat16", 1, False)
+    assert [
+        line
+        for line in told
+        if "batches of 2 pairs, bfloat16, keeping activations: left out, it failed: killed" in line
+    ]
+    monkeypatch.setattr("app.bench.train.run_arm", lambda trial, arm: run(trial, replace(arm, batch=2)))
+    with pytest.raises(TrainingError, match="failed in every way that was tried"):
+        _tuned(work, {"bfloat16": 1.0, "float32": 1.0}, told.append)
 
 
 def test_every_target_is_of_something_that_is_measured():

@@ -183,10 +183,11 @@ def test_a_person_judges_ships_and_rolls_back(live: Live, page: Page) -> None:
     open_page(page, "Pairs")
     page.get_by_role("button", name="Build pairs").click()
     expect(page.get_by_text("Pairs are built")).to_be_visible(timeout=JOB_S * 1000)
-    rows = page.get_by_test_id("stDataFrame").last
+    # By its key: the pair that a click opens brings a table of its own below this one.
+    rows = page.locator("[class*='st-key-rows-']").get_by_test_id("stDataFrame")
     rows.scroll_into_view_if_needed()
-    rows.click(position={"x": 15, "y": 55})
     expect(rows.locator("td", has_text=OLD_WORDS + EDIT)).to_be_attached()
+    rows.click(position={"x": 15, "y": 55})
     expect(page.get_by_test_id("stText").get_by_text(OLD_WORDS + EDIT, exact=True)).to_be_visible()
     expect(page.get_by_text("The edit, by words")).to_be_visible()
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -37,7 +38,7 @@ SNAPSHOT = 5 * STORE
 EPOCHS, BATCH_PAIRS = 2, 64
 ROWS_PER_FILE, PROMPT, ANSWER, VOCABULARY = 1024, 600, 700, 49152
 GROWTH = 1.02
-PAUSE_S = 0.5
+PAUSE_S = 1.0
 NO_PROGRESS_S = LONG_STEP_S / 4
 """After this long without progress Ray Data ends an execution, here; a step that takes longer must not look like that."""
 
@@ -126,13 +127,16 @@ def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_m
     assert flatness(seen.driver) <= GROWTH, "the driver grows"
     # A process of 40 MB; what it stores is not in its own memory, but shared.
     assert flatness(seen.raylet) <= 1.1, "the raylet grows"
-    assert max(seen.shared) - seen.shared[0] <= STORE, "the store takes more than it was given"
-    assert seen.spilled == set(), "what does not fit is not materialised"
+    assert max(seen.stored) <= STORE, "the store takes more than it was given"
+    assert max(seen.outside) == seen.spilled == 0, "what does not fit is not materialised"
     first = found[0]
     boundary = steps // EPOCHS
-    pauses = first["waits"][boundary - 2 : boundary + 2 + SHUFFLE_WINDOW // BATCH_PAIRS]
-    usual = max(first["waits"][SHUFFLE_WINDOW // BATCH_PAIRS + 1 : boundary - 2])
-    assert max(pauses) <= usual + PAUSE_S
+    # Who computes nothing waits whenever a window of rows is gathered, here for a second or two. The first steps of an
+    # epoch begin a window too, and wait no longer; the execution of an epoch of its own would take two seconds to start.
+    window = SHUFFLE_WINDOW // BATCH_PAIRS
+    usual = statistics.median(first["waits"][window : boundary - window : window])
+    pause = max(first["waits"][boundary - 2 : boundary + 3])
+    assert pause <= usual + PAUSE_S
     read = counts(counted)
     size = sum(Path(file.path).stat().st_size for file in files)
     names = {file.path for file in files}
@@ -142,7 +146,7 @@ def test_a_snapshot_larger_than_the_object_store_streams_once_an_epoch_in_flat_m
         f"with {workers} worker(s) a snapshot five times the object store streams without spilling, read at most 1.2 times an epoch, in flat memory, the same rows in each step",
         figure=f"{size / 2**20:.0f} MB through {STORE / 2**20:.0f} MB, read {streamed:.2f}x, "
         f"workers grow by at most {max(flat) - 1:.1%} to {max(max(rank['memory']) for rank in found) / 2**20:.0f} MB, driver by {flatness(seen.driver) - 1:.1%} to {max(seen.driver) / 2**20:.0f} MB, "
-        f"raylet by {flatness(seen.raylet) - 1:.1%} to {max(seen.raylet) / 2**20:.0f} MB, store up to {(max(seen.shared) - seen.shared[0]) / 2**20:.0f} MB, longest wait for a step {usual:.2f} s, at the epochs' boundary {max(pauses):.2f} s",
+        f"raylet by {flatness(seen.raylet) - 1:.1%} to {max(seen.raylet) / 2**20:.0f} MB, store up to {max(seen.stored) / 2**20:.0f} MB, wait for a window of rows {usual:.2f} s (median), at the epochs' boundary {pause:.2f} s",
         seed=0,
     )
 
@@ -170,28 +174,33 @@ def digest_of_steps(files: tuple[TrainFile, ...]) -> str:
 
 @dataclass
 class Watched:
-    """What was seen while the job ran: memory of the driver, the raylet and the object store, and files that it spilled."""
+    """Bytes that were seen while the job ran."""
 
     driver: list[int] = field(default_factory=list)
     raylet: list[int] = field(default_factory=list)
-    shared: list[int] = field(default_factory=list)
-    """Shared memory of the whole machine, which is where the store is."""
-    spilled: set[str] = field(default_factory=set)
+    stored: list[int] = field(default_factory=list)
+    """Of objects in the store."""
+    outside: list[int] = field(default_factory=list)
+    """Of objects that it holds in files, for want of room."""
+    spilled: int = 0
+    """What it wrote away to make room."""
 
 
 @contextmanager
 def watched() -> Iterator[Watched]:
     seen, ended, process = Watched(), threading.Event(), psutil.Process()
     [raylet] = [child for child in process.children() if child.name() == "raylet"]
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    before = get_memory_info_reply(state).store_stats.spilled_bytes_total
 
     def look() -> None:
-        # Ray removes what it spilled as soon as nobody wants it any more.
-        while not ended.wait(0.2):
+        while not ended.wait(0.5):
             seen.driver.append(process.memory_info().rss)
             seen.raylet.append(raylet.memory_info().rss)
-            seen.shared.append(psutil.virtual_memory().shared)
-            seen.spilled |= {path.name for path in session.rglob("ray_spilled_objects*/*")}
+            store = get_memory_info_reply(state).store_stats
+            seen.stored.append(store.object_store_bytes_used)
+            seen.outside.append(store.object_store_bytes_fallback)
+            seen.spilled = store.spilled_bytes_total - before
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -200,6 +209,7 @@ def watched() -> Iterator[Watched]:
     finally:
         ended.set()
         thread.join()
+    assert seen.stored, "nobody looked"
 
 
 def trainer_of(task: TrainTask, workers: int, folder: Path) -> TorchTrainer:

@@ -401,15 +401,32 @@ def test_a_run_whose_worker_dies_too_often_says_what_happened(unbroken, stage):
     assert steps_of(ledger, "mortal")[0]["learning_rate"] == pytest.approx(usual * first)
 
 
-def test_what_a_start_model_learned_from_is_known_by_its_lineage_and_else_by_the_recipe():
-    def tuned_by(manifest, told="answers"):
+def test_what_a_start_model_learned_from_is_known_by_its_lineage_and_else_by_the_recipe(ledger):
+    def tuned_by(*objectives, told="answers"):
+        """Of the last of a row of models, each trained from the one before; the first is from outside."""
+        name = "-".join(("outside", *objectives))
+        for number in range(len(objectives) + 1):
+            made_by = {"train": {"objective": objectives[number - 1]}} if number else None
+            row = ModelRow(
+                model_id=f"{name}-{told}-{number}",
+                digest=f"{name}-{number}",
+                uri="",
+                kind="full" if number else "sft",
+                parent_id=f"{name}-{told}-{number - 1}" if number else None,
+                manifest={"recipe": made_by},
+                created_at=now(),
+            )
+            with ledger.write() as session:
+                session.add(row)
         recipe = parse_recipe({"name": "x", "model": {"sft_tuned_by": told}}, place="x")
-        return _tuned_by(ModelRow(manifest=manifest), recipe)
+        return _tuned_by(ledger, row, recipe)
 
-    assert tuned_by({"recipe": None}) == "answers"
-    assert tuned_by({"recipe": None}, told="preferences") == "preferences"
-    assert tuned_by({"recipe": {"train": {"objective": "sft"}}}, told="preferences") == "answers"
-    assert tuned_by({"recipe": {"train": {"objective": "kto"}}}) == "preferences"
+    assert tuned_by() == "answers"
+    assert tuned_by(told="preferences") == "preferences"
+    assert tuned_by("sft") == "answers"
+    assert tuned_by("sft", told="preferences") == "preferences"
+    assert tuned_by("kto") == "preferences"
+    assert tuned_by("dpo", "sft") == "preferences"
 
 
 @pytest.mark.parametrize(

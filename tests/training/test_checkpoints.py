@@ -30,7 +30,7 @@ from tests.training.fork_server import fork_server
 from tests.training.killed_runs import IDENTITY, STEPS, killed_after, killed_around, train
 from tests.training.tiny_runs import SECTION, Threads, engine_of
 
-SEEDS = range(10)
+SEEDS, SEEDS_OF_HARM = range(10), range(20)
 
 
 def test_what_a_model_drops_at_random_is_the_same_after_a_resume(start, home, other_homes):
@@ -156,17 +156,19 @@ def test_a_damaged_file_is_noticed_named_and_the_checkpoint_before_is_used(start
     path = folder(home, newest) / kind
     content = path.read_bytes()
     engine = engine_of(build_policy(start(), SECTION), SECTION)
-    for seed in range(20):
+    noticed = 0
+    for seed in SEEDS_OF_HARM:
         path.write_bytes(harm(content, random.Random(seed)))
         resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
         assert resumed.step == len(STEPS) - 1, f"seed {seed}"
-        assert newest in resumed.skipped[0]
+        noticed += newest in resumed.skipped[0]
+    assert noticed == len(SEEDS_OF_HARM)
     path.write_bytes(content)
     assert Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine).step == len(STEPS)
     claim(
         f"a checkpoint whose {kind} is {harm.__name__} is named, and the one before is used",
-        figure="20 of 20",
-        seed="0 to 19",
+        figure=f"{noticed} of {len(SEEDS_OF_HARM)}",
+        seed=f"{SEEDS_OF_HARM[0]} to {SEEDS_OF_HARM[-1]}",
     )
 
 
@@ -186,7 +188,7 @@ def test_a_file_that_is_gone_or_another_checkpoints_is_noticed(start, home, kind
     assert len(gone.skipped) == (kind != "manifest.json")
     claim(
         f"a checkpoint whose {kind} is gone or another checkpoint's is passed over, and the one before is used",
-        figure="2 of 2",
+        figure=f"of {len(STEPS)} steps {gone.step} and {swapped.step} were kept",
     )
 
 
@@ -218,8 +220,12 @@ def test_a_manifest_without_a_signature_is_skipped(start, home, monkeypatch, cla
     resumed = Checkpoints(home, IDENTITY, SingleWorker()).load_newest(engine)
     assert (resumed.step, name in resumed.skipped[0]) == (1, True)
     assert opened
-    assert not [path for path in opened if name in path]
-    claim("nothing is opened of a checkpoint without a signature, and the one before is used", figure="1 of 1")
+    of_it = [path for path in opened if name in path]
+    assert of_it == []
+    claim(
+        "nothing is opened of a checkpoint without a signature, and the one before is used",
+        figure=f"{len(of_it)} of its files, {len(opened)} of the one before",
+    )
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_begins_again(start, home):
@@ -521,10 +527,11 @@ def test_a_damaged_part_of_any_rank_sends_all_of_them_to_the_checkpoint_before(h
         return resumed.step, engine.read, len(resumed.skipped)
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(work, range(2))) == [(4, [10.0, 10.0, 10.0, 11.0, 11.0, 11.0], 1)] * 2
+        found = list(pool.map(work, range(2)))
+    assert found == [(4, [10.0, 10.0, 10.0, 11.0, 11.0, 11.0], 1)] * 2
     claim(
-        "a damaged part of any rank (cut short, changed, gone, another rank's): all ranks go on from the checkpoint before",
-        figure="2 of 2 ranks, each part",
+        f"a part of any rank that is {harm.__name__.replace('_', ' ')}: all ranks go on from the checkpoint before",
+        figure=f"{len(found)} ranks from step {found[0][0]}",
     )
 
 
