@@ -53,7 +53,7 @@ class WorkersLost(TrainingError):  # noqa: N818
 
 
 class OutOfMemory(TrainingError):  # noqa: N818
-    """A worker's memory did not hold a micro-batch."""
+    """Memory did not hold a micro-batch of a worker, or an arm of a benchmark."""
 
 
 class Interrupted(PrefloopError):  # noqa: N818

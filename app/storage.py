@@ -294,6 +294,21 @@ class Artifact:
         self._compare_all(filesystem, root, files)
         return manifest
 
+    def is_whole(self) -> bool:
+        """True when the artifact is complete and every file is as the manifest says.
+
+        Raises:
+            DataError: the manifest itself is damaged, or of a newer version.
+        """
+        if not self.exists():
+            return False
+        self.manifest()
+        try:
+            self.verify()
+        except DataError:
+            return False
+        return True
+
     def _compare_all(
         self, filesystem: fsspec.AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
     ) -> None:

@@ -52,8 +52,10 @@ from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
-_MOST_OF_A_BLOCK = 512
-"""Rows that an actor takes at once, at most: as often it is known how far the pass is."""
+"""Rows that an actor takes at once."""
+_NO_PROGRESS_S = 6 * 3600.0
+"""Until Ray Data ends a pass in which nobody finished so many rows: by default half an hour, which slow processors and other
+jobs on the CPUs take too."""
 
 
 def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
@@ -205,14 +207,11 @@ def score_reference(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    # What an actor has scored moves when its block is whole, which may take longer than the half hour without a block's
-    # move after which Ray Data ends an execution; and so may waiting for room.
-    context.execution_no_progress_timeout_s = -1
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
     # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-    most = max(min(len(groups) // _SCORE_BATCH, 8 * workers.workers), math.ceil(len(groups) / _MOST_OF_A_BLOCK))
-    blocks = min(len(groups), max(workers.workers, most))
-    length = math.ceil(len(groups) / blocks)
+    # Each block is a step of the pass that is seen; all actors have one.
+    length = min(_SCORE_BATCH, math.ceil(len(groups) / workers.workers))
     slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
     scored = ray.data.from_arrow(slices).map_batches(
         ReferenceScorer,

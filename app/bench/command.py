@@ -178,19 +178,25 @@ def _targets(name: str, settings: BenchSettings, known: Sequence[str]) -> dict[s
     needed = {"groups_of_4": {"--groups": "4"}, "one_token_prompts": {"--prompt-tokens": "1"}}.get(name, {})
     given = {"--groups": settings.answers, "--prompt-tokens": settings.prompt_tokens}
     asked = {option: str(value) for option, value in given.items() if value is not None}
-    if asked != needed or settings.adapter != "full":
-        having = " ".join(f"{option} {value}" for option, value in needed.items()) or "the pairs of the data"
-        msg = f"--targets {name} are of full fine-tuning on {having}\n\nHint: leave out --targets and say what you expect with --expect."
+    if settings.adapter != "full":
+        msg = f"--targets {name} are of full fine-tuning, not of --lora\n\nHint: say what you expect with --expect instead."
         raise RecipeError(msg)
-    found = {
+    if asked != needed:
+        wanted, found = (
+            " ".join(f"{option} {value}" for option, value in work.items()) or "the pairs of the data as they are"
+            for work in (needed, asked)
+        )
+        msg = f"--targets {name} are of {wanted}, and this is of {found}\n\nHint: say what you expect with --expect instead."
+        raise RecipeError(msg)
+    targets = {
         ratio: value
         for ratio, value in TARGETS[name].items()
         if ratio in known and (ratio != "memory" or settings.dtype == "bfloat16")
     }
-    if not found:
+    if not targets:
         msg = f"--targets {name}: none of them is about what is measured here; there are: {', '.join(f'`{ratio}`' for ratio in known)}"
         raise RecipeError(msg)
-    return found
+    return targets
 
 
 def _expected(given: Sequence[str]) -> dict[str, float]:

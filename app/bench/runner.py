@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import psutil
 from app.bench.arms import Arm, Measured
 from app.bench.parity import Parity
 from app.bench.work import Work
-from app.errors import TrainingError
+from app.errors import OutOfMemory, TrainingError
 
 _WATCH_S = 2.0
 _TOLD = 2000
@@ -59,6 +60,7 @@ def watched(command: Sequence[str], *, name: str, environment: Mapping[str, str]
     and only where its resident set, which the kernel counts by itself, has grown. (Five times a second cost an arm 5 to 10 %.)
 
     Raises:
+        OutOfMemory: it wanted more memory than there is.
         TrainingError: it ended with another exit code than 0; the end of its output is in the message.
     """
     peak, ended = [0], threading.Event()
@@ -75,8 +77,11 @@ def watched(command: Sequence[str], *, name: str, environment: Mapping[str, str]
         watcher.join()
         if code:
             output.seek(0)
-            msg = f"`{name}` ended with exit code {code}:\n{output.read()[-_TOLD:]}"
-            raise TrainingError(msg)
+            told = output.read()
+            msg = f"`{name}` ended with exit code {code}:\n{told[-_TOLD:]}"
+            # The kernel kills who takes the last of a machine's memory; PyTorch says so of a GPU's, and where none was given.
+            small = code == -signal.SIGKILL or any(word in told for word in ("OutOfMemoryError", "DefaultCPUAllocator"))
+            raise (OutOfMemory if small else TrainingError)(msg)
     return seconds, peak[0]
 
 

@@ -27,7 +27,7 @@ from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity
 from app.bench.runner import run_arm, run_parity
 from app.bench.work import Work, by_length
-from app.errors import TrainingError
+from app.errors import OutOfMemory, TrainingError
 
 RIVAL_VERSION = "1.16.0"
 BATCH = 8
@@ -220,17 +220,19 @@ def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
     ordered = by_length(work.groups)
     runs = [tuple(ordered[i : i + run]) for i in range(0, len(ordered) - run + 1, run)]
     wanted = min(count // pairs // run, len(runs))
-    # Between two runs the longer one: what memory does not hold is not chosen.
+    # Between two runs the longer one.
     groups = [group for i in range(wanted) for group in runs[-(-(2 * i + 1) * len(runs) // (2 * wanted)) - 1]]
-    trial = replace(work, groups=tuple(groups), batch_pairs=len(groups) * pairs)
+    trial, longest = (
+        replace(work, groups=tuple(chosen), batch_pairs=len(chosen) * pairs) for chosen in (groups, runs[0])
+    )
 
-    def seconds(arm: Arm) -> float:
+    def seconds(arm: Arm, trial: Work) -> float:
         how = "recomputing" if arm.checkpointing else "keeping"
         what = f"tuning TRL: batches of {arm.batch} pairs, {arm.dtype}, {how} activations"
         try:
             took = run_arm(trial, arm).total
-        except TrainingError as error:
-            say(f"{what}: left out, it failed: {error}")
+        except OutOfMemory:
+            say(f"{what}: left out, memory does not hold it")
             return math.inf
         say(f"{what}: {took:.1f} s")
         return took
@@ -248,15 +250,18 @@ def _tuned(work: Work, peaks: Mapping[str, float], say: Say) -> Arm:
                 if trial.batch_pairs % batch or work.batch_pairs % batch:
                     continue
                 arm = Arm("trial", "trl", "cached", dtype, batch, order="by_length", checkpointing=checkpointing)
-                first[arm] = seconds(arm)
+                first[arm] = seconds(arm, trial)
                 if first[arm] == math.inf or first[arm] > _SLOWER * fastest:
                     break
                 fastest = min(fastest, first[arm])
-    best = sorted((arm for arm, took in first.items() if took < math.inf), key=first.__getitem__)[:_FINAL]
-    if not best:
-        msg = "TRL with a cached reference failed in every way that was tried"
-        raise TrainingError(msg)
-    return min(best, key=lambda arm: min(first[arm], seconds(arm)))
+    ranked = sorted((arm for arm, took in first.items() if took < math.inf), key=first.__getitem__)
+    best = {arm: min(first[arm], seconds(arm, trial)) for arm in ranked[:_FINAL]}
+    for arm in [*sorted(best, key=best.__getitem__), *ranked[_FINAL:]]:
+        # The trial may have had none of the longest rows.
+        if seconds(arm, longest) < math.inf:
+            return arm
+    msg = "memory does not hold TRL with a cached reference in any way that was tried\n\nHint: lower --max-length."
+    raise TrainingError(msg)
 
 
 def _ratios(measured: Mapping[str, Sequence[Measured]], costs: Mapping[str, float]) -> tuple[Ratio, ...]:

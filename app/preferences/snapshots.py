@@ -92,7 +92,7 @@ def write_pair_snapshot(
     }
     snapshot_id = _identity(rows, dropped, settings)
     artifact = home.artifact(KIND, snapshot_id)
-    if not artifact.exists():
+    if not artifact.is_whole():
         artifact.write_rows(rows, PAIR_SCHEMA, rows_per_file=_ROWS_PER_FILE)
         artifact.write_rows(dropped, QUARANTINE_SCHEMA, rows_per_file=_ROWS_PER_FILE, stem=QUARANTINE)
         artifact.write_manifest({"snapshot_id": snapshot_id, **manifest})

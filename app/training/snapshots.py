@@ -91,8 +91,8 @@ class KnownScores:
 def known_scores(home: Home, ledger: Ledger, wanted: Set[Scored], *, reference_digest: str, dtype: str) -> KnownScores:
     """Return what this reference gave to prompts and responses in the newest snapshots that it scored.
 
-    Snapshots are read until all is found, or until one adds nothing to what newer ones had: data that grow are in the
-    newest, and data sets that are trained on in turn in one of the last.
+    Snapshots are read until all is found, or until one that has at least half of it adds nothing to what newer ones had:
+    data that grow are in the newest, and data sets that are trained on in turn in one of the last.
 
     Args:
         home: where they lie.
@@ -127,7 +127,7 @@ def known_scores(home: Home, ledger: Ledger, wanted: Set[Scored], *, reference_d
         }
         known = len(found)
         found = scores | found
-        if len(found) == len(wanted) or 0 < known == len(found):
+        if len(found) == len(wanted) or (len(found) == known and 2 * len(scores) >= len(wanted)):
             break
     return KnownScores(found, damaged)
 
@@ -141,7 +141,10 @@ def write_training_snapshot(
     counts: dict[str, Any],
     rows_per_file: int,
 ) -> SnapshotRow:
-    """Write groups (already in global order) as a snapshot and register it; the same content gives the same id."""
+    """Write groups (already in global order) as a snapshot and register it; the same content gives the same id.
+
+    One that is there already is left as it is, and written again where it is damaged.
+    """
     identity = [
         asdict(binding),
         rows_per_file,
@@ -149,7 +152,7 @@ def write_training_snapshot(
     ]
     snapshot_id = content_hash(identity)[:16]
     artifact = home.artifact("training", snapshot_id)
-    if not artifact.exists():
+    if not artifact.is_whole():
         splits: dict[str, dict[str, float]] = {}
         for split in Split:
             members = [g for g in groups if g.split == split]

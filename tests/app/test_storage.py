@@ -84,6 +84,13 @@ def test_a_deleted_file_is_found(artifact):
         artifact.verify()
 
 
+def test_an_artifact_is_whole_until_a_file_is_damaged(artifact, tmp_path):
+    assert artifact.is_whole()
+    Path(artifact.part_uris()[2]).write_bytes(b"damaged")
+    assert not artifact.is_whole()
+    assert not Artifact(str(tmp_path / "none")).is_whole()
+
+
 def test_swapped_files_are_found(artifact):
     first, second, _ = map(Path, artifact.part_uris())
     one, other = first.read_bytes(), second.read_bytes()

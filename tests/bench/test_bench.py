@@ -27,7 +27,7 @@ from app.bench.work import (
     sampled_groups,
 )
 from app.cli import bench
-from app.errors import DataError, RecipeError, TrainingError
+from app.errors import DataError, OutOfMemory, RecipeError, TrainingError
 from app.ledger import Ledger
 from app.models import ensure_sft, load_model
 from app.storage import Home
@@ -295,10 +295,14 @@ def test_trl_is_tuned_over_types_and_over_batches_until_they_become_slower(work,
         ("float32", 2, recompute): 3.5,
     }
     again = {("bfloat16", 4, keep): 3.0, ("float32", 1, recompute): 2.9}
-    tried = []
+    tried, longest = [], []
 
     def run(trial, arm):
-        assert (trial.batch_pairs, arm.trainer, arm.reference, arm.order) == (16, "trl", "cached", "by_length")
+        assert (arm.trainer, arm.reference, arm.order) == ("trl", "cached", "by_length")
+        if trial.batch_pairs == 8:
+            longest.append((arm.dtype, arm.batch, arm.checkpointing))
+            return Measured(0.5, (1.0,), (8,), (10,), (0.5,), (-1.0,), (), (), 1)
+        assert trial.batch_pairs == 16
         tried.append((arm.dtype, arm.batch, arm.checkpointing))
         took = (again if tried.count(tried[-1]) > 1 else seconds)[tried[-1]]
         return Measured(0.5, (took - 0.5,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
@@ -309,6 +313,7 @@ def test_trl_is_tuned_over_types_and_over_batches_until_they_become_slower(work,
     assert (best.dtype, best.batch, best.checkpointing) == ("float32", 1, recompute)
     # Steps of four pairs have no batches of eight, and two pairs were already much slower than one in fp32.
     assert tried == [*seconds, *again]
+    assert longest == [("float32", 1, recompute)]
 
 
 @pytest.mark.parametrize("answers", [3, 4])
@@ -325,7 +330,7 @@ def test_trl_is_tuned_over_all_batches_where_a_prompt_has_several_pairs(work, mo
         tried.clear()
         _tuned(replace(work, groups=tuple(paired), batch_pairs=24), {"bfloat16": 1.0, "float32": 1.0}, lambda _: None)
         assert {batch for _, _, batch in tried} == {1, 2, 4, 8}
-        assert {pairs for pairs, _, _ in tried} == {batch_pairs for _, batch_pairs, _ in tried} <= {16, 24}
+        assert all(pairs == batch_pairs for pairs, batch_pairs, _ in tried)
 
 
 def test_a_trial_has_short_and_long_pairs_in_whole_batches_of_like_length(work, monkeypatch):
@@ -340,6 +345,7 @@ def test_a_trial_has_short_and_long_pairs_in_whole_batches_of_like_length(work, 
     _tuned(replace(work, groups=tuple(groups[::-1]), batch_pairs=8), {"bfloat16": 1.0, "float32": 1.0}, lambda _: None)
     lengths = sorted(map(longest_pair, groups), reverse=True)
     assert trials[0] == lengths[8:16] + lengths[32:40]
+    assert trials[-1] == lengths[:8], "memory holds the longest too"
 
 
 def test_a_type_that_the_machine_emulates_is_not_tried_for_trl(work, monkeypatch):
@@ -378,7 +384,10 @@ def test_cut_prompts_have_no_headline(home, data, tiny_model):
 
 
 def test_targets_are_held_against_what_is_measured_alone(home, data, tiny_model, monkeypatch):
+    prompts = set()
+
     def run(work, arm):
+        prompts.update(len(group.prompt_ids) for group in work.groups)
         rows = (work.pairs, tuple(map(pair_tokens, work.groups)))
         seconds = 2.0 if arm.trainer == "trl" else 1.0
         return Measured(0.0, (seconds,) * 2, rows[:1] * 2, rows[1], (0.5,), (-1.0,), ((8, 10),), (), 1)
@@ -392,6 +401,14 @@ def test_targets_are_held_against_what_is_measured_alone(home, data, tiny_model,
     assert found.missed == ["steady"]
     assert [line for line in told if line.startswith("cached ") and "2.00x" in line and "ok: 2 expected" in line]
     assert set(found.tree["works"]["pairs"]["ratios"]) == set(RATIOS["cached"])
+    assert max(prompts) > 1
+    for cut in (
+        replace(settings, prompt_tokens=1),
+        replace(settings, prompt_tokens=1, answers=3, pairs=72, max_length=160),
+    ):
+        prompts.clear()
+        bench_train(home, cut, expect=[], targets=None, say=print, tell=print)
+        assert prompts == {1}
     assert not [line for line in told if line.startswith(("online", "headline"))]
     with pytest.raises(RecipeError, match="--targets groups_of_4: none of them is about what is measured here"):
         bench_train(
@@ -420,28 +437,32 @@ def test_targets_are_held_against_what_is_measured_alone(home, data, tiny_model,
 )
 def test_targets_of_other_work_are_refused(home, data, tiny_model, targets, changed):
     settings = settings_of(data, tiny_model, rounds=1) if not changed else settings_of(data, tiny_model, **changed)
-    with pytest.raises(RecipeError, match=f"--targets {targets} are of full fine-tuning on "):
+    with pytest.raises(RecipeError, match=f"--targets {targets} are of .*, (and this is of|not of --lora)"):
         bench_train(home, settings, expect=[], targets=targets, say=print, tell=print)
 
 
-def test_a_way_of_trl_that_fails_is_told_and_left_out(work, monkeypatch):
+def test_a_way_of_trl_that_memory_does_not_hold_is_told_and_left_out(work, monkeypatch):
     def run(trial, arm):
-        if arm.batch > 1 or arm.dtype == "float32":
-            raise TrainingError("killed")
+        if arm.batch > 1 or arm.dtype == "float32" or (trial.batch_pairs == 8 and not arm.checkpointing):
+            raise OutOfMemory("killed")
         return Measured(0.5, (2.0 if arm.checkpointing else 1.0,), (16,), (10,), (0.5,), (-1.0,), (), (), 1)
 
     monkeypatch.setattr("app.bench.train.run_arm", run)
     told = []
     best = _tuned(replace(work, groups=work.groups * 2), {"bfloat16": 1.0, "float32": 1.0}, told.append)
-    assert (best.dtype, best.batch, best.checkpointing) == ("bfloat16", 1, False)
-    assert [
-        line
-        for line in told
-        if "batches of 2 pairs, bfloat16, keeping activations: left out, it failed: killed" in line
-    ]
+    assert (best.dtype, best.batch, best.checkpointing) == ("bfloat16", 1, True), (
+        "the longest rows are too long to keep"
+    )
+    assert "tuning TRL: batches of 2 pairs, bfloat16, keeping activations: left out, memory does not hold it" in told
     monkeypatch.setattr("app.bench.train.run_arm", lambda trial, arm: run(trial, replace(arm, batch=2)))
-    with pytest.raises(TrainingError, match="failed in every way that was tried"):
+    with pytest.raises(TrainingError, match="memory does not hold TRL with a cached reference in any way"):
         _tuned(work, {"bfloat16": 1.0, "float32": 1.0}, told.append)
+
+
+@pytest.mark.parametrize("command", ["kill -KILL $$", "echo 'torch.OutOfMemoryError: CUDA out of memory'; exit 1"])
+def test_an_arm_that_memory_does_not_hold_is_told_apart(command):
+    with pytest.raises(OutOfMemory, match="`arm` ended with exit code"):
+        watched(["sh", "-c", command], name="arm", environment={})
 
 
 def test_every_target_is_of_something_that_is_measured():

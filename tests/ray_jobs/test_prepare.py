@@ -131,6 +131,9 @@ def test_what_the_reference_scored_before_is_not_scored_again(cluster, home, led
     for ids, logp in served.items():
         assert found[ids] == pytest.approx(logp, abs=1e-3)
     next(home.local("training", more).glob("train-*")).write_bytes(b"damaged")
+    assert prepared(6)[0] == more
+    home.artifact("training", more).verify()  # written again
+    next(home.local("training", more).glob("train-*")).write_bytes(b"damaged")
     _, shown = prepared(5)
     assert f"scores of the training snapshot `{more}` are not used again, it is damaged" in " ".join(shown.split())
     assert "1 of 1" in shown, "the one before it had scored four of five"
