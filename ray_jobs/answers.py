@@ -21,11 +21,10 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from ray.exceptions import RayActorError
 
 from app import errors
 from app.config import EndpointSection
-from app.errors import PrefloopError, ServiceError
+from app.errors import PrefloopError
 from app.evaluation.endpoint import EndpointModel
 from app.evaluation.perplexity import WINDOW, perplexity
 from app.evaluation.questions import Question
@@ -37,6 +36,7 @@ from app.schemas import FinishReason, Message, Pair, Response, Source, content_h
 from app.storage import Artifact, Home
 from app.training.scoring import ScoringModel, with_reference_logps
 from app.training.tokenization import encode_groups
+from ray_jobs.actors import mortal, settle_ray_data, told_of_dead_actors
 
 _ROWS_PER_FILE = 4096
 _SCORED_TOKENS = 8192
@@ -307,12 +307,7 @@ def _at_endpoint(endpoint: EndpointSection, parts: Sequence[Part], decoding: Dec
 
 def _in_actors(home: Home, parts: Sequence[Part], decoding: Decoding, resources: Resources) -> Iterator[Part]:
     """Yield the parts as actors have done them, model after model."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = False
-    # It warns that no memory was reserved for the model, after a minute.
-    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    settle_ray_data(in_order=False)
     actors = min(resources.actors, len(parts))
     numbers = ray.data.from_items(list(range(len(parts))), override_num_blocks=len(parts))
     done = numbers.map_batches(
@@ -328,19 +323,14 @@ def _in_actors(home: Home, parts: Sequence[Part], decoding: Decoding, resources:
         num_gpus=resources.gpus,
         # One at a time, so that no actor has a second model's part in hand while another one is idle.
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        # Ray Data repeats for ever what kills its actor, such as a model that does not fit.
-        ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
+        ray_remote_args_fn=mortal,
     )
-    try:
+    with told_of_dead_actors("that answers", actors):
         for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
             for number, (kind, words) in zip(batch["item"], batch["refusal"], strict=True):
                 if kind:
                     raise getattr(errors, kind, PrefloopError)(words)
                 yield parts[int(number)]
-    except RayActorError as error:
-        told = str(error).strip().splitlines()
-        msg = f"an actor that answers died more than twice: {told[0] if told else 'no reason is known'}\n\nHint: was there memory for {actors} of them? Lower workers.workers, or raise workers.cpus_per_worker; the same command goes on."
-        raise ServiceError(msg) from None
 
 
 class _Set:

@@ -47,15 +47,13 @@ from app.training.snapshots import (
     write_training_snapshot,
 )
 from app.training.tokenization import Group, encode_groups
+from ray_jobs.actors import mortal, settle_ray_data, told_of_dead_actors
 from ray_jobs.preflight import preflight
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
 """Rows that an actor takes at once."""
-_NO_PROGRESS_S = 6 * 3600.0
-"""Until Ray Data ends a pass in which nobody finished so many rows: by default half an hour, which slow processors and other
-jobs on the CPUs take too."""
 
 
 def named_model(home: Home, ledger: Ledger, recipe: Recipe, which: str) -> ModelRow:
@@ -197,19 +195,13 @@ def score_reference(
     """Score every response under the frozen reference with Ray Data actors; returns the groups in the same order.
 
     Raises:
-        ServiceError: the cluster has no room for one actor.
+        ServiceError: the cluster has no room for one actor, or actors die again and again.
         DataError: rows were lost.
     """
     unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
     workers = recipe.workers
     require_room(workers, 1)  # the others join as they find room
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
-    # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
-    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    settle_ray_data(in_order=True)
     # Each block is a step of the pass that is seen; all actors have one.
     length = min(_SCORE_BATCH, math.ceil(len(groups) / workers.workers))
     slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
@@ -228,9 +220,13 @@ def score_reference(
         num_cpus=workers.cpus_per_worker,
         num_gpus=1 if workers.use_gpu else 0,
         compute=ray.data.ActorPoolStrategy(size=workers.workers),
+        ray_remote_args_fn=mortal,
     )
     rows: list[dict[str, Any]] = []
-    with Meter(console) if console is not None else nullcontext() as meter:
+    with (
+        told_of_dead_actors("that scores with the reference", workers.workers),
+        Meter(console) if console is not None else nullcontext() as meter,
+    ):
         for table in scored.iter_batches(batch_size=_SCORE_BATCH, batch_format="pyarrow"):
             rows += cast("pa.Table", table).to_pylist()
             if meter is not None:

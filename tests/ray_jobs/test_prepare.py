@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -13,13 +14,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.config import PairSection, parse_recipe
-from app.errors import DataError
+from app.errors import DataError, ServiceError
 from app.generation import GenerationRequest, generate
 from app.models import Lineage, ensure_sft, load_model, render_prompt, save_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.training.snapshots import read_groups
-from ray_jobs.prepare import prepare
+from ray_jobs.prepare import ReferenceScorer, prepare
 from tests.ray_jobs.local_ray import local_ray
 
 
@@ -137,6 +138,23 @@ def test_what_the_reference_scored_before_is_not_scored_again(cluster, home, led
     _, shown = prepared(5)
     assert f"scores of the training snapshot `{more}` are not used again, it is damaged" in " ".join(shown.split())
     assert "1 of 1" in shown, "the one before it had scored four of five"
+
+
+class Dying(ReferenceScorer):
+    """As one whose memory does not hold a batch."""
+
+    def __call__(self, table):
+        os._exit(9)
+
+
+def test_a_pass_of_the_reference_whose_actors_die_again_and_again_ends_with_a_remedy(
+    cluster, home, ledger, tiny_model, monkeypatch
+):
+    _, champion = ship_another_model(home, ledger, tiny_model)
+    pairs, _ = served_pairs(home, champion.model_id, count=1)
+    monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", Dying)
+    with pytest.raises(ServiceError, match=r"an actor that scores with the reference died more than twice(.|\n)*Hint"):
+        prepare(home, ledger, recipe_for(tiny_model), write(home, ledger, pairs))
 
 
 def test_a_pass_of_the_reference_may_take_longer_for_a_block_than_ray_data_waits_for_one(
