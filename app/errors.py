@@ -15,6 +15,8 @@ The command line prints the message without a traceback and leaves with ``exit_c
 it is a verdict, and leaves with ``HOLD_EXIT_CODE``.
 """
 
+from collections.abc import Iterator
+
 HOLD_EXIT_CODE = 3
 
 
@@ -65,3 +67,20 @@ class Interrupted(PrefloopError):  # noqa: N818
 def said(error: BaseException, line: int) -> str:
     """Return a line of what an error says, or its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[line]
+
+
+def one_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first of what the tasks of a group raised where all of it is ours, else the group.
+
+    Raised from a plain `except`: from an `except*` it would be in a group again up to Python 3.11.3.
+    """
+    leaves = list(_leaves(errors))
+    return leaves[0] if all(isinstance(leaf, PrefloopError) for leaf in leaves) else errors
+
+
+def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import httpx
 
 from app.config import CollectSection
-from app.errors import DataError, ServiceError
+from app.errors import DataError, ServiceError, one_of
 from app.evaluation.prompts import Prompt, load_prompts
 from app.evaluation.rules import Style, load_style
 
@@ -382,8 +382,8 @@ class _Audience:
             async with asyncio.TaskGroup() as group:
                 for prompt in prompts:
                     group.create_task(one(prompt))
-        except* (ServiceError, DataError) as errors:
-            raise _first(errors) from None
+        except BaseExceptionGroup as errors:
+            raise one_of(errors) from None
         return [prompt for prompt in prompts if not came_to[prompt.id]]
 
     async def _ask(self, prompt: Prompt) -> bool:
@@ -539,10 +539,3 @@ def _report(taste: Taste, prompts: Sequence[Prompt], journal: Journal) -> Audien
         edits=events["edit", ""],
         models=dict(Counter(a.model for a in answers)),
     )
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    leaves: Iterable[BaseException] = errors.exceptions
-    for error in leaves:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    return errors

@@ -13,7 +13,7 @@ import openai
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from app.config import EndpointSection
-from app.errors import ServiceError
+from app.errors import ServiceError, one_of
 from app.evaluation.judges import api_key
 from app.evaluation.questions import Question
 from app.evaluation.suites import Answer
@@ -58,8 +58,8 @@ class EndpointModel:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(question)) for question in questions]
-            except* ServiceError as several:
-                raise several.exceptions[0] from None
+            except BaseExceptionGroup as errors:
+                raise one_of(errors) from None
         return [answer for task in tasks for answer in task.result()]
 
     async def _turns(self, client: openai.AsyncOpenAI, model_id: str, question: Question) -> list[Answer]:

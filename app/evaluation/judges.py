@@ -19,7 +19,7 @@ import openai
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from app.config import EndpointSection, JudgeSection
-from app.errors import PrefloopError, RecipeError, ServiceError
+from app.errors import RecipeError, ServiceError, one_of
 from app.evaluation.judge_prompts import JudgeTask
 from app.ledger import JudgementRow, Ledger, now
 from app.schemas import content_hash
@@ -164,8 +164,8 @@ class _Run:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(section.concurrency, len(tasks))):
                         group.create_task(worker())
-            except* PrefloopError as group_error:
-                raise group_error.exceptions[0] from None
+            except BaseExceptionGroup as errors:
+                raise one_of(errors) from None
         if waiting:
             msg = f"the judge {self.name} has used {self.spent} tokens on these tasks, evaluate.judge.budget_tokens = {section.budget_tokens} are allowed; {len(self.replies)} of {self.total} tasks were judged and are kept\n\nHint: raise the budget, and the same command goes on from there."
             raise ServiceError(msg)
