@@ -8,7 +8,7 @@ PrefloopError
 ├── ServiceError     a running service (gateway, Ray) is missing, refuses or answers wrongly
 ├── TrainingError    a run stopped: no usable pairs, a non-finite loss, a failed self-check
 │   ├── WorkersLost  workers died more often than allowed; the run continues from its last checkpoint
-│   └── OutOfMemory  a worker's memory did not hold a micro-batch; the run continues with smaller ones
+│   └── OutOfMemory  memory did not hold a micro-batch, and the run continues with smaller ones, or a benchmark's arm
 └── Interrupted      the user stopped the command; what was acknowledged is still there
 
 The command line prints the message without a traceback and leaves with ``exit_code``. A gate that holds is no error:
@@ -55,7 +55,7 @@ class WorkersLost(TrainingError):  # noqa: N818
 
 
 class OutOfMemory(TrainingError):  # noqa: N818
-    """Memory did not hold a micro-batch of a worker, or an arm of a benchmark."""
+    """Memory did not hold a worker's micro-batch, or an arm of a benchmark."""
 
 
 class Interrupted(PrefloopError):  # noqa: N818
@@ -72,7 +72,7 @@ def said(error: BaseException, line: int) -> str:
 def one_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the first of what the tasks of a group raised where all of it is ours, else the group.
 
-    Raised from a plain `except`: from an `except*` it would be in a group again up to Python 3.11.3.
+    Raise it from a plain `except`: what an `except*` raises is in a group again in Python 3.11.2, which Debian 12 has.
     """
     leaves = list(_leaves(errors))
     return leaves[0] if all(isinstance(leaf, PrefloopError) for leaf in leaves) else errors

@@ -299,9 +299,8 @@ def _two_epochs(measured: Measured) -> float:
 def _check_rows(ours: Measured, rival: Measured) -> None:
     """The cached arms, whose order differs, took the same rows."""
     logps = [statistics.fmean(arm.logps) for arm in (ours, rival)]
-    if sum(ours.step_tokens) != sum(rival.step_tokens) or not abs(logps[0] - logps[1]) <= _LOGPS_APART_REORDERED * abs(
-        logps[1]
-    ):
+    apart = abs(logps[0] - logps[1])
+    if sum(ours.step_tokens) != sum(rival.step_tokens) or not apart <= _LOGPS_APART_REORDERED * abs(logps[1]):
         msg = f"the timed runs did not do the same work: tokens {sum(ours.step_tokens)} and {sum(rival.step_tokens)}, log-probability of chosen answers {logps[0]:g} and {logps[1]:g}"
         raise TrainingError(msg)
 
