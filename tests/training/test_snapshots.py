@@ -1,6 +1,7 @@
 """The order of rows is a function of seed, epoch and step, and a run that goes on reads what is left of it."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ from app.errors import DataError
 from app.schemas import TRAINING_SCHEMA, Split
 from app.storage import Home
 from app.training.batch import cut_steps
-from app.training.snapshots import TrainFile, epoch_files, epoch_stream, read_groups, rows_of_steps, to_row
+from app.training.snapshots import (
+    Binding,
+    TrainFile,
+    epoch_files,
+    epoch_stream,
+    known_scores,
+    read_groups,
+    rows_of_steps,
+    to_row,
+    write_training_snapshot,
+)
 from tests.training.tiny_runs import make_groups
 
 FILES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7), min_size=1, max_size=5)
@@ -56,3 +67,42 @@ def test_no_file_is_read_behind_the_rows_that_are_wanted(home: Home):
     assert [g.group_id for g in read_groups(artifact, Split.TRAIN, at_most=3)] == [g.group_id for g in groups[:3]]
     with pytest.raises(DataError, match="no readable Parquet"):
         read_groups(artifact, Split.TRAIN)
+
+
+def test_scores_are_looked_for_behind_other_data_and_no_further_than_an_older_state_of_the_same(
+    home, ledger, monkeypatch
+):
+    *ours, shared, first, second = [replace(g, reference_logps=(-1.0,) * len(g.responses)) for g in make_groups(8)]
+    binding = Binding("pairs", "template", 64, "drop", 0, "digest", "float32")
+
+    def written(*groups):
+        row = write_training_snapshot(home, ledger, groups, binding=binding, counts={}, rows_per_file=4)
+        return row.snapshot_id
+
+    oldest = written(*ours[:4])
+    older = written(*ours[:4], shared)
+    grown = written(*ours, shared)
+    written(first)
+    written(shared, second)
+    looked_into = []
+    monkeypatch.setattr(
+        "app.training.snapshots.read_groups",
+        lambda artifact, split: looked_into.append(artifact.name) or read_groups(artifact, split),
+    )
+
+    def found(*groups):
+        looked_into.clear()
+        wanted = {(g.prompt_ids, response) for g in groups for response in g.responses}
+        scores = known_scores(home, ledger, wanted, reference_digest="digest", dtype="float32").logps
+        assert scores.keys() <= wanted
+        return len(scores) / len(wanted)
+
+    # Newer snapshots have one of the rows, or none.
+    assert found(*ours, shared) == 1.0
+    assert grown in looked_into
+    assert older not in looked_into
+    # A row that nobody scored is looked for until an older state adds nothing.
+    new = replace(shared, prompt_ids=(7, 7, 7))
+    assert 0.8 < found(*ours, shared, new) < 1.0
+    assert older in looked_into
+    assert oldest not in looked_into
