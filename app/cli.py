@@ -323,7 +323,9 @@ def bench(
     prompt_tokens: Annotated[int | None, typer.Option(help="Cut prompts to their last tokens.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = _ROUNDS,
     model: Annotated[str, typer.Option(help="`embedded`, a folder, a URI or a hub id.")] = "embedded",
-    micro_batch_tokens: Annotated[int, typer.Option(help="Token budget of our forward.", min=16)] = 2048,
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of our forward; default: as in a recipe.", min=16)
+    ] = None,
     only: Annotated[
         Literal["online", "cached", "headline"] | None, typer.Option(help="The only part that is measured.")
     ] = None,

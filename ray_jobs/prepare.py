@@ -211,7 +211,7 @@ def score_reference(
             "home_uri": home.uri,
             "model_id": model_id,
             "dtype": recipe.train.dtype,
-            "token_budget": recipe.train.micro_batch_tokens,
+            "token_budget": recipe.train.token_budget(workers.device),
             "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
             "backend": recipe.train.attention,
         },

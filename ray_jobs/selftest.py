@@ -262,7 +262,7 @@ def speed(bench: Bench) -> str:
         dtype="bfloat16",
         max_length=_PROMPT + _ANSWER,
         batch_pairs=BATCH,
-        micro_batch_tokens=2048,
+        micro_batch_tokens=TrainSection().token_budget(this_device().type),
         learning_rate=1e-5,
         threads=torch.get_num_threads(),
     )

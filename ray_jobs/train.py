@@ -336,8 +336,9 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
             refusal = getattr(error, "controller_failure", None)
             if not isinstance(refusal, OutOfMemory) or attempt == _HALVINGS:
                 raise
-            tokens = task.section.micro_batch_tokens // 2
-            told = f"a worker's memory did not hold {task.section.micro_batch_tokens} tokens: going on with micro-batches of {tokens} ({refusal})"
+            held = task.section.token_budget(recipe.workers.device)
+            tokens = held // 2
+            told = f"a worker's memory did not hold {held} tokens: going on with micro-batches of {tokens} ({refusal})"
             ledger.audit("train", "note", task.identity.run_id, {"note": told})
             _record_known(ledger, task.identity.run_id, {_HALVED: tokens})
             if console is not None:

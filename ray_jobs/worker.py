@@ -184,7 +184,8 @@ def _train(task: TrainTask) -> None:
     checkpoints = Checkpoints(home, task.identity, workers)
     resumed = checkpoints.load_newest(engine)
     if not resumed.step:
-        few, longest = _few(shown, section.micro_batch_tokens), _longest(shown, section.micro_batch_tokens)
+        tokens = section.token_budget(device.type)
+        few, longest = _few(shown, tokens), _longest(shown, tokens)
         for groups in (few, [longest]) if longest not in few else (few,):
             check_packing(engine, groups, section=section, workers=workers)
         if task.reference_model_id == task.start_model_id and objective.has_reference:

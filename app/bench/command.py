@@ -9,11 +9,13 @@ from typing import Any, Literal
 import psutil
 
 from app.bench.ablate import ablate
+from app.bench.arms import this_device
 from app.bench.flops import ModelShape, gemm_peak
 from app.bench.headline import compare_headline
 from app.bench.scale import ScaleSettings, bench_scale, overhead
 from app.bench.train import BATCH, RATIOS, Part, Say, compare_trainers, require_rival
 from app.bench.work import Work, all_pairs, best_against_rest, cut_prompts, read_work, sampled_groups
+from app.config import TrainSection
 from app.errors import RecipeError
 from app.ledger import Ledger
 from app.models import LoadedModel, ensure_sft, load_model
@@ -50,9 +52,15 @@ class BenchSettings:
     """Cut every prompt to its last tokens."""
     rounds: int
     model: str
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
+    """Token budget of our forward; None: what a recipe has that says nothing."""
     only: Part | None = None
     """The only part that is measured; default: all that the work has."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch of ours."""
+        return self.micro_batch_tokens or TrainSection().token_budget(this_device().type)
 
     @property
     def as_text(self) -> bool:
@@ -153,7 +161,7 @@ def bench_workers(home: Home, settings: BenchSettings, *, say: Say, tell: Say) -
             model=settings.model,
             adapter=settings.adapter,
             dtype=settings.dtype,
-            micro_batch_tokens=settings.micro_batch_tokens,
+            micro_batch_tokens=settings.token_budget,
         ),
         say=say,
     )
@@ -230,7 +238,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
             dtype=settings.dtype,
             max_length=settings.max_length,
             batch_pairs=batch_pairs,
-            micro_batch_tokens=settings.micro_batch_tokens,
+            micro_batch_tokens=settings.token_budget,
             learning_rate=_LEARNING_RATES[settings.adapter],
             threads=len(psutil.Process().cpu_affinity() or [0]),
         )

@@ -100,7 +100,8 @@ def measure(
     answers: list[AnswerMeasure] = []
     totals = Totals.of(groups, objective.unit)
     kl = torch.zeros((), device=device)
-    batches = micro_batches(rank_share(groups, rank=workers.rank, world_size=workers.size), section.micro_batch_tokens)
+    mine = rank_share(groups, rank=workers.rank, world_size=workers.size)
+    batches = micro_batches(mine, section.token_budget(device.type))
     idle = workers.rounds(len(batches)) - len(batches)
     with torch.no_grad():
         for number, batch in enumerate([*batches, *(filler(groups) for _ in range(idle))]):
@@ -179,7 +180,7 @@ def measure_exported(
         mine = with_reference_logps(
             rank_share(groups, rank=workers.rank, world_size=workers.size),
             lambda batch: reference(batch.to(device)),
-            token_budget=section.micro_batch_tokens,
+            token_budget=section.token_budget(device.type),
             rounds=workers.rounds,
             idle=groups,
         )

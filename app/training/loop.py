@@ -123,7 +123,7 @@ def optimise(
         )
         sums = _Sums(device, dtype=section.dtype)
         odd: list[str] = []
-        batches = micro_batches(own, section.micro_batch_tokens)
+        batches = micro_batches(own, section.token_budget(device.type))
         # Agreed on before the first, or ranks would wait for one another's forwards.
         idle = workers.rounds(len(batches)) - len(batches)
         for batch in batches:
@@ -231,7 +231,7 @@ def _kl(
     policy, device = engine.policy, engine.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     policy.train(mode=False)
-    batches = micro_batches(strangers, section.micro_batch_tokens)
+    batches = micro_batches(strangers, section.token_budget(device.type))
     idle = workers.rounds(len(batches)) - len(batches)
     with torch.no_grad():
         for number, batch in enumerate([*batches, *(filler(groups) for _ in range(idle))]):

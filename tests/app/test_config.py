@@ -188,6 +188,15 @@ def test_a_model_that_was_tuned_by_preferences_is_trained_gently():
     assert unusual_options("cpo", {"beta": 0.02}, tuned_by="preferences") == []
 
 
+def test_a_micro_batch_is_as_large_as_the_device_wants_it_unless_a_recipe_says_otherwise():
+    recipe = parse_recipe({"name": "x"}, place="x")
+    assert recipe.train.token_budget(recipe.workers.device) == recipe.train.token_budget("cpu") == 512
+    on_gpus = parse_recipe({"name": "x", "workers": {"use_gpu": True}}, place="x")
+    assert on_gpus.train.token_budget(on_gpus.workers.device) == on_gpus.train.token_budget("cuda") == 8192
+    given = parse_recipe({"name": "x", "train": {"micro_batch_tokens": 64}}, place="x").train
+    assert given.token_budget("cpu") == given.token_budget("cuda") == 64
+
+
 def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps():
     full, lora = (partial(usual_learning_rate, adapter=adapter, tuned_by="answers") for adapter in ("full", "lora"))
     for objective in ("dpo", "simpo", "my.module:loss"):
