@@ -658,6 +658,9 @@ class Recipe(Section):
                 "`model.reference_model` must name the same model; use `train.reference: precomputed`"
             )
             raise ValueError(msg)
+        if self.train.objective in REFERENCE_FREE and "reference_model" in self.model.model_fields_set:
+            msg = f"`model.reference_model` has no effect with `train.objective: {self.train.objective}`: remove it"
+            raise ValueError(msg)
         if self.train.attention in ("flex", "varlen") and not self.workers.use_gpu:
             msg = f"`train.attention: {self.train.attention}` needs a GPU: set `workers.use_gpu`, or `train.attention: sdpa`"
             raise ValueError(msg)

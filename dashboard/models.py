@@ -300,7 +300,8 @@ def _lineage(ledger: Ledger, where: Standing, row: ModelRow) -> None:
         lines.append(f"{ancestor.model_id}  {ancestor.kind}, made {age(ancestor.created_at, at)}")
         run = reads.run(ledger, ancestor.run_id) if ancestor.run_id else None
         if run is not None:
-            lines.append(f"  run {run.run_id}  {run.status}, reference {run.reference_model_id}")
+            held_to = f"reference {run.reference_model_id}" if run.reference_model_id else "without a reference"
+            lines.append(f"  run {run.run_id}  {run.status}, {held_to}")
         pairs = reads.pair_snapshot_of(ledger, ancestor.snapshot_id)
         if pairs is not None:
             simulated = reads.manifest_simulated(pairs)

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from app.config import Recipe
-from app.errors import DataError
+from app.errors import DataError, RecipeError
 from app.generation import context_window
 from app.ledger import Ledger, ModelRow, SnapshotRow
 from app.models import check_descent, device_of, ensure_sft, load_architecture, load_model
@@ -33,9 +33,9 @@ from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import PackedBatch
 from app.training.judgements import distinct, for_unit, with_strangers
-from app.training.objectives import load_objective
+from app.training.objectives import Objective, load_objective
 from app.training.policy import autocast
-from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, unpackable, with_reference_logps
+from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, no_effect, unpackable, with_reference_logps
 from app.training.snapshots import (
     Binding,
     Scored,
@@ -79,6 +79,8 @@ def prepare(
     """Write the training snapshot of a pair snapshot and return its ledger row.
 
     Raises:
+        ModelError: the attention of the recipe has no effect on this model, whose answers share no prompt.
+        RecipeError: the recipe says something of a reference, and its objective has none.
         DataError: no row can train, a row is too long and the recipe refuses that, or rows may be longer than the model's
             context.
     """
@@ -90,6 +92,8 @@ def prepare(
         msg = f"prepare.max_length = {recipe.prepare.max_length} exceeds the context of `{start.model_id}`, {window} tokens\n\nHint: lower prepare.max_length to {window}."
         raise DataError(msg)
     reason = AS_ASKED if recipe.train.attention == "plain" else unpackable(loaded.model)
+    if reason is not None and recipe.train.attention in ("flex", "varlen"):
+        raise no_effect(recipe.train.attention, reason)  # before anything is tokenized or a worker starts
     if reason is not None and console is not None:
         console.print(f"responses share no prompt, each is a row of its own: {reason}", highlight=False, markup=False)
     alike = alike_up_to(loaded.model)
@@ -106,6 +110,7 @@ def prepare(
         too_long=recipe.prepare.too_long,
     )
     objective = load_objective(recipe.train.objective, recipe.train.options)
+    require_reference_in_use(recipe, objective)
     groups, left_out = for_unit(groups, objective.unit)
     if left_out:
         # Scoring what the objective learns nothing from costs as much as the rest.
@@ -269,6 +274,18 @@ class ReferenceScorer:
         with autocast(self.device, self.dtype):
             logps: Tensor = self.scorer(batch.to(self.device)).logps
         return logps
+
+
+def require_reference_in_use(recipe: Recipe, objective: Objective) -> None:
+    """Refuse what a recipe says of the reference where the objective has none; raises RecipeError.
+
+    Those that ship were refused as the recipe was read; one of the user's own says it when it is loaded.
+    """
+    said = ["train.reference"] if "reference" in recipe.train.model_fields_set else []
+    said += ["model.reference_model"] if "reference_model" in recipe.model.model_fields_set else []
+    if said and not objective.has_reference:
+        msg = f"`{said[0]}` has no effect with `train.objective: {objective.name}`, which asks for no `reference_logps`: remove it"
+        raise RecipeError(msg)
 
 
 def _body(session: Session, options: argparse.Namespace) -> int:

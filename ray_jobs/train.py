@@ -61,7 +61,7 @@ from app.training.snapshots import (
     train_files,
 )
 from ray_jobs.preflight import preflight
-from ray_jobs.prepare import named_model, prepare, print_summary
+from ray_jobs.prepare import named_model, prepare, print_summary, require_reference_in_use
 from ray_jobs.progress import Meter
 from ray_jobs.recorder import REFUSALS, StepRecorder
 from ray_jobs.rendezvous import NodeTorchConfig
@@ -146,6 +146,7 @@ def _train(
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
     weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
     objective = load_objective(recipe.train.objective, recipe.train.options)
+    require_reference_in_use(recipe, objective)
     options = balanced({**recipe.train.options, **objective.open_weights}, **weights)
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
@@ -463,6 +464,7 @@ def _judge(measures: Measures, unit: Unit, *, seed: int, sources: dict[str, str]
 def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> dict[str, Any]:
     """Note that a run begins or goes on; return what attempts before this one found out."""
     identity = task.identity
+    has_reference = load_objective(recipe.train.objective, recipe.train.options).has_reference
     with ledger.write() as session:
         row = session.get(RunRow, identity.run_id)
         if row is None:
@@ -472,7 +474,7 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
                 recipe=recipe.model_dump(mode="json"),
                 snapshot_id=identity.snapshot_id,
                 start_model_id=task.start_model_id,
-                reference_model_id=reference.model_id,
+                reference_model_id=reference.model_id if has_reference else None,
                 metrics={"total_steps": task.total_steps},
                 attempt=0,
                 code_version=code_version(),
@@ -482,8 +484,7 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
             )
             session.add(row)
         elif (row.snapshot_id, _recipe_digest_of(row.recipe)) != (identity.snapshot_id, identity.recipe_digest) or (
-            row.reference_model_id != reference.model_id
-            and load_objective(recipe.train.objective, recipe.train.options).has_reference
+            has_reference and row.reference_model_id != reference.model_id
         ):
             msg = f"run `{identity.run_id}` exists with another snapshot, reference or recipe\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)

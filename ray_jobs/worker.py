@@ -185,8 +185,8 @@ def _train(task: TrainTask) -> None:
     resumed = checkpoints.load_newest(engine)
     if not resumed.step:
         tokens = section.token_budget(device.type)
-        few, longest = _few(shown, tokens), _longest(shown, tokens)
-        for groups in (few, [longest]) if longest not in few else (few,):
+        few, *more = _to_prove(shown, tokens)
+        for groups in (few, *more):
             check_packing(engine, groups, section=section, workers=workers)
         if task.reference_model_id == task.start_model_id and objective.has_reference:
             check_step_zero(policy, few, reference=reference, section=section)
@@ -196,7 +196,8 @@ def _train(task: TrainTask) -> None:
         ray.train.report(metrics)
 
     common = _Common(objective=objective, reference=reference, section=section, workers=workers)
-    from_zero = objective.has_reference and task.start_model_id == task.reference_model_id
+    from_reference = objective.has_reference and task.start_model_id == task.reference_model_id
+    from_zero = from_reference and objective.unit != "good"  # a likelihood is compared with that of the start
     # Where it is not the reference, what training adds is counted from the model that it begins with.
     before = None if from_zero else _before(task, sharding, policy, held_out, common, done_steps=resumed.step)
     unheard = deque(resumed.reports, maxlen=_UNHEARD)
@@ -522,25 +523,19 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
     return set(info.preempted_node_ids) if info is not None else set()
 
 
-def _few(groups: Sequence[Group], token_budget: int) -> list[Group]:
-    """Take a few groups that fit in one micro-batch, at least one."""
+def _to_prove(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
+    """Take a few groups that fit in one micro-batch, at least one, and the longest by itself if it is not among them.
+
+    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones. Training holds the longest too,
+    whatever the budget.
+    """
     few: list[Group] = []
     for group in groups[:_STEP_ZERO_GROUPS]:
         if few and sum(g.num_tokens for g in few) + group.num_tokens > token_budget:
             break
         few.append(group)
-    return few
-
-
-def _longest(groups: Sequence[Group], token_budget: int) -> Group:
-    """Take the longest group that fits in one micro-batch, or the shortest of all.
-
-    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones.
-    """
-    fitting = [group for group in groups if group.num_tokens <= token_budget]
-    return (
-        max(fitting, key=lambda group: group.num_tokens) if fitting else min(groups, key=lambda group: group.num_tokens)
-    )
+    longest = max(groups, key=lambda group: group.num_tokens)
+    return [few] if longest in few else [few, [longest]]
 
 
 def _export(

@@ -56,6 +56,9 @@ class ScoringModel(nn.Module):
         model: the model.
         agreement: whether the scores hold `agreement`, which costs another pass over the logits.
         backend: what computes the attention of packed rows; `plain`: there are none.
+
+    Raises:
+        ModelError: transformers finds no decoder in the model, or the backend has no effect on it.
     """
 
     def __init__(
@@ -66,6 +69,11 @@ class ScoringModel(nn.Module):
         backend: Backend | Literal["plain"] = "sdpa",
     ) -> None:
         super().__init__()
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if causal.get_decoder() is causal:
+            # So it is with Llama 4, whose `base_model_prefix` names no part of it (transformers 5.23).
+            msg = f"transformers finds no decoder in `{causal.config.model_type}` ({type(causal).__name__}), so its answers cannot be scored"
+            raise ModelError(msg)
         self.agreement = agreement
         self.backend = backend
         self.plain_because = AS_ASKED if backend == "plain" else unpackable(model)
@@ -73,8 +81,7 @@ class ScoringModel(nn.Module):
         if self.plain_because is None and backend != "plain":
             model.set_attn_implementation(attention_name(backend))
         elif backend not in ("sdpa", "plain"):
-            msg = f"attention `{backend}` has no effect: {self.plain_because}, so each response is a row of its own\n\nHint: set train.attention to `sdpa`."
-            raise ModelError(msg)
+            raise no_effect(backend, self.plain_because)
         else:
             model.set_attn_implementation(own_attention(model))
         model.config.use_cache = False
@@ -177,6 +184,12 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
     return torch.stack(sums)
 
 
+def no_effect(backend: str, reason: str | None) -> ModelError:
+    """Return the error for a backend of packed attention where, for the `reason`, there are no packed rows."""
+    msg = f"attention `{backend}` has no effect: {reason}, so each response is a row of its own\n\nHint: set train.attention to `sdpa`."
+    return ModelError(msg)
+
+
 def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
     """Return why responses of this model must be scored in rows of their own, or None where they can share a prompt."""
     config = model.config.get_text_config()
@@ -188,6 +201,13 @@ def unpackable(model: PreTrainedModel | PeftModel) -> str | None:
         return f"`{config.model_type}` has attention sinks, which the packed attention does not compute"
     if not model.is_backend_compatible():
         return f"`{config.model_type}` does not let its attention be computed by another"
+    if getattr(config, "attention_chunk_size", None):
+        return f"`{config.model_type}` attends within chunks, which the packed attention does not compute"
+    for module in model.modules() if getattr(config, "sliding_window", None) else ():
+        # Without a mask of transformers, a window is what the layer tells of it; Qwen2-MoE's and PhiMoE's tell nothing.
+        layer = type(module)
+        if layer.__name__.endswith("Attention") and "sliding_window=" not in inspect.getsource(layer.forward):
+            return f"`{config.model_type}` has a window of which its layers ({layer.__name__}) tell nothing"
     for name, value in config.to_dict().items():
         # `classifier_dropout` and the like belong to heads that a causal language model does not have.
         if value and name.endswith(_DROPOUTS) and not name.startswith(_HEAD_DROPOUTS):

@@ -119,6 +119,8 @@ def test_options_without_effect_are_refused():
         parse_recipe(
             {"name": "x", "train": {"reference": "adapter_off"}, "model": {"reference_model": "sft"}}, place="here"
         )
+    with pytest.raises(RecipeError, match="`model.reference_model` has no effect with `train.objective: simpo`"):
+        parse_recipe({"name": "x", "train": {"objective": "simpo"}, "model": {"reference_model": "sft"}}, place="here")
 
 
 def test_more_steps_at_least_than_at_most_are_refused():

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from app.config import PairSection, parse_recipe
-from app.errors import DataError, ModelError
+from app.errors import DataError, ModelError, RecipeError
 from app.evaluation.learning import Learning, Likelihood
-from app.ledger import Ledger, RunStepRow
+from app.ledger import Ledger, RunRow, RunStepRow
 from app.models import Lineage, check_descent, ensure_sft, load_model, save_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
@@ -262,12 +262,42 @@ def test_other_objectives_train_in_the_job_as_in_one_process(cluster, stage, of_
     _, result, rows = train_and_compare(stage, objective, held_out_every=2)
     assert isinstance(result.learning, Learning)
     free = objective != "apo_zero_unpaired"
+    with stage[1].read() as session:
+        assert (session.get_one(RunRow, result.run_id).reference_model_id is None) == free
     assert (rows[0].metrics["chosen_fell"] is None) == free
     assert all((row.before_margin != 0) == free for row in held_out_measures(stage[0], result.run_id).pairs)
     assert result.learning.chosen_change is not None
     # With a reference or without one, against the model of step 0.
     assert all(0 <= row.metrics["held_out_chosen_fell"] <= 1 for row in rows[1:-1:2])
     assert rows[1].metrics["held_out_chosen_change"] != rows[3].metrics["held_out_chosen_change"] != 0
+
+
+@pytest.mark.full
+def test_imitation_that_a_reference_holds_back_is_measured_against_the_start_too(cluster, stage, of_first_models):
+    objective = "tests.ray_jobs.tethered:tethered"
+    _, result, rows = train_and_compare(stage, objective, options={"pull": 1e-4}, learning_rate=2e-2, held_out_every=2)
+    assert rows[-1].metrics["loss"] < rows[0].metrics["loss"]
+    assert isinstance(result.learning, Likelihood)
+    assert result.learning.learned, result.learning.table()
+
+
+def test_what_is_said_of_a_reference_that_an_objective_of_ones_own_has_not_is_refused(cluster, stage):
+    home, ledger, pairs, sft = stage
+    recipe = recipe_for(sft, "app.training.objectives:cpo", reference="sharded")
+    with pytest.raises(RecipeError, match=r"`train.reference` has no effect with .*:cpo`, which asks for no"):
+        prepare(home, ledger, recipe, pairs)
+    prepared = prepare(home, ledger, recipe_for(sft, "app.training.objectives:cpo"), pairs)
+    with pytest.raises(RecipeError, match="`train.reference` has no effect"):
+        train(home, ledger, recipe, prepared.snapshot_id, run_id="no-reference")
+
+
+def test_a_backend_without_effect_is_refused_before_a_worker_starts(cluster, stage, monkeypatch):
+    home, ledger, pairs, sft = stage
+    monkeypatch.setattr("ray_jobs.prepare.unpackable", lambda model: "it has a state")
+    recipe = recipe_for(sft, "dpo")
+    changed = {"train": recipe.train.model_copy(update={"attention": "flex"})}
+    with pytest.raises(ModelError, match="attention `flex` has no effect: it has a state"):
+        prepare(home, ledger, recipe.model_copy(update=changed), pairs)
 
 
 def test_a_snapshot_of_another_kind_of_objective_is_refused(cluster, stage):

@@ -17,7 +17,7 @@ from app.training.engine import SingleWorker
 from app.training.snapshots import SHUFFLE_WINDOW, count_steps, epoch_files, to_row, train_files
 from app.training.tokenization import Group
 from ray_jobs import stream
-from ray_jobs.worker import SharedSteps, TrainTask, _few, _longest
+from ray_jobs.worker import SharedSteps, TrainTask, _to_prove
 from tests.training.tiny_runs import make_groups
 
 EPOCHS, BATCH_PAIRS = 3, 4
@@ -117,15 +117,18 @@ def test_rows_that_do_not_come_end_the_run_in_bounded_time(task, monkeypatch):
     held.set()
 
 
-def test_the_proofs_of_a_run_see_several_groups_and_the_longest_that_fits():
+def test_the_proofs_of_a_run_see_several_groups_and_the_longest_of_all():
     def group(name: str, tokens: int) -> Group:
         return Group(name, name, "train", (1,) * (tokens - 2), ((2,), (3,)), ())
 
     shown = [group(f"g{tokens}", tokens) for tokens in (10, 20, 15, 12, 90, 61, 300)]
-    assert [g.group_id for g in _few(shown, 100)] == ["g10", "g20", "g15", "g12"]
-    assert [g.group_id for g in _few(shown[4:], 100)] == ["g90"]
-    assert _longest(shown, 100).group_id == "g90"
-    assert _longest(shown[6:], 100).group_id == "g300"
+
+    def proven(shown: list[Group]) -> list[list[str]]:
+        return [[g.group_id for g in groups] for groups in _to_prove(shown, 100)]
+
+    assert proven(shown) == [["g10", "g20", "g15", "g12"], ["g300"]]
+    assert proven(shown[4:]) == [["g90"], ["g300"]]
+    assert proven(shown[:3]) == [["g10", "g20", "g15"]]
 
 
 def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):

@@ -19,6 +19,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -29,16 +31,18 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
 
-from app.errors import DataError
+from app.errors import DataError, ModelError
 from app.training import scoring
 from app.training.batch import PackedBatch, micro_batches, rank_share, step_groups
-from app.training.scoring import ScoringModel, plain_logps
+from app.training.scoring import ScoringModel, plain_logps, unpackable
 from app.training.tokenization import Group, Preference
 
 SIZES = {
@@ -237,6 +241,18 @@ def unpackable_model(kind: str):
     if kind == "gpt_oss":
         config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0, sliding_window=5)
         return GptOssForCausalLM(config).eval()
+    if kind == "qwen2_moe":
+        config = Qwen2MoeConfig(
+            **SIZES,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=48,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=0,
+        )
+        return Qwen2MoeForCausalLM(config).eval()  # torch's grouped product has no fp64
     if kind == "gpt_neo":
         config = GPTNeoConfig(
             vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
@@ -269,6 +285,7 @@ def unpackable_model(kind: str):
         ("qwen3_next", "has layers (Qwen3NextGatedDeltaNet) whose state would run"),
         ("gpt_oss", "has attention sinks"),
         ("gpt_neo", "does not let its attention be computed by another"),
+        ("qwen2_moe", "has a window of which its layers (Qwen2MoeAttention) tell nothing"),
     ],
 )
 def test_what_cannot_be_packed_runs_on_plain_rows_with_the_right_numbers(kind, reason):
@@ -287,6 +304,17 @@ def test_what_cannot_be_packed_runs_on_plain_rows_with_the_right_numbers(kind, r
     for name, parameter in model.named_parameters():
         if name in expected:
             assert torch.allclose(parameter.grad, expected[name], rtol=1e-6, atol=noise), name
+
+
+def test_a_model_whose_decoder_transformers_does_not_find_is_refused_by_name():
+    config = Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=5, pad_token_id=0
+    )
+    model = Llama4ForCausalLM(config)
+    with pytest.raises(ModelError, match="finds no decoder in `llama4_text`"):
+        ScoringModel(model)
+    # Where it finds one some day, its chunks are known.
+    assert "attends within chunks" in unpackable(model)
 
 
 GROUP_SIZES = st.lists(
