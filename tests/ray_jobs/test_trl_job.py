@@ -7,7 +7,7 @@ import sqlalchemy as sa
 import torch
 from safetensors.torch import load_file
 
-from app.config import PairSection
+from app.config import REFERENCE_FREE, PairSection
 from app.ledger import Ledger, RunStepRow, SnapshotRow
 from app.models import Lineage, ensure_sft, load_model, save_model
 from app.preferences.snapshots import write_pair_snapshot
@@ -65,7 +65,8 @@ def test_a_step_of_the_job_has_the_loss_and_the_gradient_of_trl(cluster, stage, 
     objective, options = name.split()[0], OBJECTIVES[name]
     section = {"adapter": "full", "batch_pairs": 1000, "epochs": 1, "max_grad_norm": 1e9}
     recipe = recipe_for(str(tiny_model), objective, options=options, **section)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
+    if objective not in REFERENCE_FREE:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
     prepared = prepare(home, ledger, recipe, pairs)
     if objective == "orpo":
         prepared = with_prompts_of_one_token(home, ledger, prepared)
