@@ -185,11 +185,11 @@ def _train(task: TrainTask) -> None:
     resumed = checkpoints.load_newest(engine)
     if not resumed.step:
         tokens = section.token_budget(device.type)
-        few, *more = _to_prove(shown, tokens)
-        for groups in (few, *more):
+        proofs = _to_prove(shown, tokens)
+        for groups in proofs:
             check_packing(engine, groups, section=section, workers=workers)
         if task.reference_model_id == task.start_model_id and objective.has_reference:
-            check_step_zero(policy, few, reference=reference, section=section)
+            check_step_zero(policy, proofs[0], reference=reference, section=section)
     for note in resumed.skipped:
         ray.train.report({"note": note})
     for metrics in resumed.reports:
@@ -526,8 +526,8 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
 def _to_prove(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Take a few groups that fit in one micro-batch, at least one, and the longest by itself if it is not among them.
 
-    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones. Training holds the longest too,
-    whatever the budget.
+    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones. Training may hold one as
+    long, whatever the budget: a group is never divided.
     """
     few: list[Group] = []
     for group in groups[:_STEP_ZERO_GROUPS]:
