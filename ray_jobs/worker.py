@@ -21,7 +21,6 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
 
 from app.config import TrainSection
@@ -38,7 +37,7 @@ from app.training.loop import optimise
 from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
-from app.training.scoring import ScoringModel, generating, own_attention
+from app.training.scoring import ScoringModel, causal_model, generating, own_attention
 from app.training.snapshots import TrainFile, read_groups
 from app.training.tokenization import Group
 from ray_jobs.stream import read_ahead
@@ -399,8 +398,7 @@ class _Sliced(_Whole):
 
     def save(self, exported: ScoringModel, folder: Path | None) -> None:
         """Write the plain model to a folder, on the first worker, a tensor at a time."""
-        model: Any = exported.model
-        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal = causal_model(exported.model)
         causal.set_attn_implementation(own_attention(causal))
         causal.config.use_cache = True
         self._zero.save_in_slices(exported, folder, dtype=self._dtype)

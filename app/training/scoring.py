@@ -69,7 +69,7 @@ class ScoringModel(nn.Module):
         backend: Backend | Literal["plain"] = "sdpa",
     ) -> None:
         super().__init__()
-        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal = causal_model(model)
         if causal.get_decoder() is causal:
             # So it is with Llama 4, whose `base_model_prefix` names no part of it (transformers 5.23).
             msg = f"transformers finds no decoder in `{causal.config.model_type}` ({type(causal).__name__}), so its answers cannot be scored"
@@ -90,12 +90,12 @@ class ScoringModel(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return what `head` computes with and does not own."""
-        causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        causal = causal_model(self.model)
         return list(causal.get_output_embeddings().parameters())
 
     def forward(self, batch: PackedBatch) -> ResponseScores:
         """Return the scores of `batch`; every rank issues the same collectives for one call."""
-        causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        causal = causal_model(self.model)
         decoder = causal.get_decoder()
         if self.plain_because is not None:
             rows = _plain_rows(decoder, batch, None)
@@ -113,11 +113,16 @@ class ScoringModel(nn.Module):
         return ResponseScores(summed[0], batch.token_counts, agreement)
 
 
+def causal_model(model: nn.Module) -> Any:
+    """Return the model that peft's wrapper stands around, its layers with what adapters they carry; without one, the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 @contextmanager
 def generating(policy: ScoringModel) -> Iterator[PreTrainedModel]:
     """Lend the model, adapters and all, to who generates with it: its own attention, a cache, no dropout."""
     model = policy.model
-    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = causal_model(model)
     attention_before, training = causal.config._attn_implementation, policy.training
     causal.set_attn_implementation(own_attention(causal))
     causal.config.use_cache = True
@@ -167,7 +172,7 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
         [N] summed log-probabilities, in the order of a packed batch of the same groups.
     """
     device = next(model.parameters()).device
-    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = causal_model(model)
     keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
     previous = model.config._attn_implementation
     model.set_attn_implementation(own_attention(model))

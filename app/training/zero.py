@@ -30,7 +30,7 @@ from transformers.initialization import no_init_weights
 from app.errors import ModelError
 from app.training.engine import MOMENTS, Stored, Workers, make_optimizer, set_learning_rate, slice_of
 from app.training.policy import adapter_layers, merge_layer, trainable
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, causal_model
 
 _FILE_BYTES: Final = 2 << 30
 _DEVICE: Final = partition_parameters.DeepSpeedTensorOverride.device
@@ -361,7 +361,7 @@ def save_in_slices(policy: ScoringModel, folder: Path | None, *, dtype: torch.dt
         folder: where the first rank writes; None on the others.
         dtype: of what is written.
     """
-    model: Any = policy.model.get_base_model() if isinstance(policy.model, PeftModel) else policy.model
+    model = causal_model(policy.model)
     plain = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
     kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
