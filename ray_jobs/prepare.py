@@ -32,7 +32,7 @@ from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import PackedBatch
-from app.training.judgements import distinct, for_unit, with_strangers
+from app.training.judgements import distinct, divide, for_unit, with_strangers
 from app.training.objectives import Objective, load_objective
 from app.training.policy import autocast
 from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, no_effect, unpackable, with_reference_logps
@@ -122,6 +122,9 @@ def prepare(
     ordered = global_order(groups, recipe.prepare.seed)
     if "kl" in objective.needs:
         ordered = with_strangers(ordered, max_length=recipe.prepare.max_length, seed=recipe.prepare.seed)
+        if console is not None and not any(divide(group)[1] for group in ordered):
+            told = f"warning: {objective.name} measures its KL on answers to other prompts, and here are none: all that trains belongs to one prompt, so the KL is taken for 0"
+            console.print(told, highlight=False, markup=False)
     simulated = {pair.pair_id for pair in pairs if pair.simulated}
     precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     if precomputed:
@@ -183,15 +186,24 @@ def _with_reference(
                     f"prepare: scores of the training snapshot `{snapshot_id}` are not used again, it is damaged: {why}"
                 )
                 console.print(told, highlight=False, markup=False)
-    unknown = [g for g in groups if any((g.prompt_ids, response) not in known for response in g.responses)]
+    unknown = [
+        # What is known of a prompt is not scored again beside an answer that is new.
+        replace(group, responses=missing, pairs=(), labels=())
+        for group in groups
+        if (missing := tuple(r for r in group.responses if (group.prompt_ids, r) not in known))
+    ]
     computed = score_reference(home, reference.model_id, unknown, recipe, console) if unknown else []
     if console is not None and len(unknown) < len(groups):
         console.print(f"prepare: {len(groups) - len(unknown)} prompts were scored before", highlight=False)
-    by_id = {group.group_id: group for group in computed}
-    return [
-        by_id.get(g.group_id) or replace(g, reference_logps=tuple(known[g.prompt_ids, r] for r in g.responses))
-        for g in groups
-    ]
+    found = {
+        **known,
+        **{
+            (g.prompt_ids, r): logp
+            for g in computed
+            for r, logp in zip(g.responses, g.reference_logps or (), strict=True)
+        },
+    }
+    return [replace(g, reference_logps=tuple(found[g.prompt_ids, r] for r in g.responses)) for g in groups]
 
 
 def score_reference(

@@ -42,6 +42,8 @@ class StepRecorder(UserCallback):
             with ledger.write() as session:
                 row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
                 session.merge(row)
+            if report.get("skipped"):
+                ledger.audit("train", "no_update", self.run_id, {"step": report["step"], "rows": report["skipped"]})
 
         self._written(merge)
 

@@ -49,6 +49,8 @@ _NAMES = {
     "reward_ties": "train/rewards/ties",
 }
 """What TRL has, ties, which it counts as losses, and what `eval/` ours are; every other metric is `train/` and its own name."""
+_FEW = 8
+"""Rows that are named of a step without an update; the audit log has them all."""
 _NO_METRICS = frozenset({"step", "skipped"})
 
 
@@ -178,6 +180,10 @@ class Follower:
         for row in rows:
             self._trackers.log(row.step, tracked(row.metrics))
             self._told = row.step
+            if (odd := row.metrics.get("skipped")) and self._console is not None:
+                named = f"{', '.join(odd[:_FEW])}{' …' if len(odd) > _FEW else ''}"
+                line = f"warning: step {row.step} made no update, a loss or gradient of it is not finite; rows: {named}"
+                self._console.print(line, highlight=False, markup=False)
         if rows and meter is not None:
             self._show(meter, rows[-1])
         self._warn()

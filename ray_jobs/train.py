@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import sqlalchemy as sa
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
@@ -85,6 +86,7 @@ _FEWEST_STEPS = 32
 
 _HALVINGS = 2
 """How often the token budget of a micro-batch is halved where memory does not hold it."""
+_MORE_ROOM = "\n\nHint: a prompt with its answers is never divided: set train.activation_checkpointing, lower prepare.max_length, or take fewer pairs.max_pairs_per_prompt."
 _HALVED = "micro_batch_tokens"
 """Of the metrics of a run: what memory held, for the attempts that follow."""
 
@@ -103,6 +105,8 @@ class TrainResult:
     """Of what was held out, by the names of the ledger."""
     reference_memory: dict[str, int]
     """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
+    skipped_steps: int
+    """Steps whose loss or gradient was not finite, so that they made no update."""
 
 
 def train(
@@ -202,7 +206,8 @@ def _train(
         refusal = getattr(error, "controller_failure", None)
         if isinstance(refusal, REFUSALS):
             _record_end(ledger, run_id, status="failed", error=str(refusal))
-            msg = f"run `{run_id}` was refused by a worker: {refusal}"
+            remedy = _MORE_ROOM if isinstance(refusal, OutOfMemory) else ""
+            msg = f"run `{run_id}` was refused by a worker: {refusal}{remedy}"
             raise type(refusal)(msg) from error
         cause = _cause(error)
         _record_end(ledger, run_id, status="failed", error=cause)
@@ -419,6 +424,9 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     }
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
+    skipped = _steps_without_update(ledger, run_id)
+    if skipped:
+        metrics["steps_skipped"] = skipped
     memory = reference_memory(home, run_id)
     if memory:
         metrics["reference_memory"] = memory
@@ -435,7 +443,15 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     remove_if_allowed(export.filesystem, export.path)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
-    return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory)
+    return TrainResult(
+        run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory, skipped
+    )
+
+
+def _steps_without_update(ledger: Ledger, run_id: str) -> int:
+    reports = sa.select(RunStepRow.metrics).where(RunStepRow.run_id == run_id)
+    with ledger.read() as session:
+        return sum(bool(metrics.get("skipped")) for metrics in session.scalars(reports))
 
 
 @contextmanager
@@ -575,8 +591,9 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         console.print(f"run [bold]{run_id}[/bold]; interrupted, it continues with --run {run_id}", highlight=False)
         result = train(home, ledger, recipe, snapshot_id, run_id=run_id, console=console)
     print_measures(console, result)
+    lost = f" ({result.skipped_steps} of them without an update)" if result.skipped_steps else ""
     console.print(
-        f"run {result.run_id}: {result.steps} steps, learning rate up to {result.learning_rate:.3g}, model [bold]{result.model.model_id}[/bold]",
+        f"run {result.run_id}: {result.steps} steps{lost}, learning rate up to {result.learning_rate:.3g}, model [bold]{result.model.model_id}[/bold]",
         highlight=False,
     )
     return 0

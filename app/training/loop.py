@@ -53,7 +53,7 @@ class StepReport:
     chosen_fell: float | None
     """Share of chosen answers that are less likely than under the reference, by more than rounding can be."""
     kl: float | None
-    """KTO's estimate of KL(policy, reference), before it is clamped to 0."""
+    """KTO's estimate of KL(policy, reference), before it is clamped to 0; a step without answers to other prompts has none."""
     grad_norm: float | None
     learning_rate: float
     pairs: int
@@ -148,7 +148,7 @@ def optimise(
             engine.discard()
         report = sums.report(
             step=step + 1,
-            kl=None if kl is None else _finite(float(kl)),
+            kl=None if kl is None or not any(divide(group)[1] for group in groups) else _finite(float(kl)),
             grad_norm=norm,
             learning_rate=rate,
             seconds=time.perf_counter() - began,
@@ -227,7 +227,7 @@ def _kl(
     section: TrainSection,
     workers: Workers,
 ) -> Tensor:
-    """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped."""
+    """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped; 0 where there are none."""
     policy, device = engine.policy, engine.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     policy.train(mode=False)

@@ -25,6 +25,7 @@ import inspect
 import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -125,7 +126,9 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     bound = {_parameter(key): value for key, value in options.items()}
     taken = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown := sorted(bound.keys() - taken):
-        msg = f"objective `{name}` has no option {', '.join(f'`{key}`' for key in unknown)}\n\nHint: its options are {', '.join(sorted(taken)) or 'none'}."
+        near = get_close_matches(unknown[0], taken, n=1)
+        meant = f"did you mean `{near[0]}`? Its" if near else "its"
+        msg = f"objective `{name}` has no option {', '.join(f'`{key}`' for key in unknown)}\n\nHint: {meant} options are {', '.join(sorted(taken)) or 'none'}."
         raise RecipeError(msg)
     required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
     given = [name for name in BALANCED & required if bound.get(name) is not None]
@@ -151,13 +154,49 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     return Objective(name, function, bound, frozenset(needs))
 
 
+def require_rows_alone(objective: Objective) -> None:
+    """Compare the losses of made-up rows with those of either half of them.
+
+    Raises:
+        RecipeError: a row's loss depends on the rows beside it, and so on token budget and workers.
+    """
+    rows = 16
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(2, 5, (rows,), generator=generator)
+    policy, reference, agreement = (-counts * torch.rand(rows, generator=generator) for _ in range(3))
+
+    def losses(first: int, last: int) -> Tensor:
+        indices = torch.arange(last - first)
+        part = slice(first, last)
+        scored = Scored(
+            policy_logps=policy[part],
+            reference_logps=reference[part],
+            token_counts=counts[part],
+            chosen=indices[::2],
+            rejected=indices[1::2],
+            responses=indices,
+            desirable=indices % 2 == 0,
+            mean_tokens=3.0,
+            agreement=agreement[part],
+            kl=torch.tensor(0.1),
+        )
+        return objective(scored).losses
+
+    together = losses(0, rows)
+    halves = torch.cat([losses(0, rows // 2), losses(rows // 2, rows)])
+    if not torch.allclose(together, halves, rtol=1e-4, atol=1e-6, equal_nan=True):
+        worst = int((together - halves).abs().argmax())
+        msg = f"objective `{objective.name}` gives a row another loss where other rows are beside it ({float(together[worst]):.6g} instead of {float(halves[worst]):.6g}), so its loss would depend on token budget and workers\n\nHint: make it of this row, `mean_tokens` and `kl` alone."
+        raise RecipeError(msg)
+
+
 def _parameter(option: str) -> str:
     # `lambda` is a word of Python.
     return f"{option}_" if keyword.iskeyword(option) else option
 
 
 def sft(policy_logps: Tensor, token_counts: Tensor, responses: Tensor, mean_tokens: float) -> Losses:
-    """Negative log-likelihood of the responses, a mean over all their tokens: -S / mean(n).
+    """Negative log-likelihood of the responses, a mean over all their tokens: -S / mean(n); section 3.5 of https://arxiv.org/abs/2203.02155.
 
     The reward is the mean log-probability of a token.
     """

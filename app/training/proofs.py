@@ -16,7 +16,7 @@ from app.errors import TrainingError
 from app.training.batch import PackedBatch
 from app.training.engine import Engine, Workers
 from app.training.policy import Reference, autocast
-from app.training.scoring import ScoringModel, plain_logps
+from app.training.scoring import ScoringModel, by_own_attention, plain_logps
 from app.training.tokenization import Group
 
 NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
@@ -80,7 +80,7 @@ class Trial:
 
 def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as one packed row."""
-    engine.policy.train(mode=False)
+    _as_trained(engine.policy)
     batch = PackedBatch.pack(groups).to(engine.device)
     signs = [sign for group, sign in _signed(groups) for _ in group.responses]
     with autocast(engine.device, dtype):
@@ -93,20 +93,26 @@ def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Tria
 
 def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as plain rows, by the model's own attention."""
-    engine.policy.train(mode=False)
+    _as_trained(engine.policy)
     logps = []
     rows = [
         (replace(group, responses=(response,)), sign) for group, sign in _signed(groups) for response in group.responses
     ]
-    for row, sign in rows:
-        # One graph at a time: its logits are those of all tokens.
-        with autocast(engine.device, dtype):
-            logp = plain_logps(engine.policy.model, [row]).sum()
-        engine.backward(sign * logp)
-        logps.append(logp.detach())
+    with by_own_attention(engine.policy.model):
+        for row, sign in rows:
+            # One graph at a time: its logits are those of all tokens.
+            with autocast(engine.device, dtype):
+                logp = plain_logps(engine.policy.model, [row]).sum()
+            engine.backward(sign * logp)
+            logps.append(logp.detach())
     gradients = engine.gradients()
     engine.discard()
     return Trial(torch.stack(logps), gradients)
+
+
+def _as_trained(policy: ScoringModel) -> None:
+    # Only where it trains does transformers recompute activations, without which a row may not fit. What is packed has no dropout.
+    policy.train(mode=policy.plain_because is None)
 
 
 def _signed(groups: Sequence[Group]) -> list[tuple[Group, float]]:

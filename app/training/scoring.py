@@ -174,19 +174,26 @@ def plain_logps(model: PreTrainedModel | PeftModel, groups: Sequence[Group]) -> 
     device = next(model.parameters()).device
     causal = causal_model(model)
     keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(own_attention(model))
     sums = []
-    try:
+    with by_own_attention(model):
         for prompt, response in ((group.prompt_ids, response) for group in groups for response in group.responses):
             ids, kept = torch.tensor([prompt + response], device=device), len(response) + 1
             # Training computes no logits of prompts, so the memory for them may not be there.
             few = {"logits_to_keep": kept} if keeps else {}
             logits = model(input_ids=ids, use_cache=False, **few).logits[0, -kept:-1]
             sums.append(_wide(logits).log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).sum())
+    return torch.stack(sums)
+
+
+@contextmanager
+def by_own_attention(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Let the model attend as transformers itself would; around backward too, where it may compute again what it did not keep."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(own_attention(model))
+    try:
+        yield
     finally:
         model.set_attn_implementation(previous)
-    return torch.stack(sums)
 
 
 def no_effect(backend: str, reason: str | None) -> ModelError:

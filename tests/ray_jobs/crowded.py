@@ -9,8 +9,8 @@ from torch import Tensor
 
 from app.training.objectives import Losses, dpo
 
-_CALLS = 12
-"""Micro-batches before the disk is full: some steps, and a checkpoint."""
+_CALLS = 15
+"""Three calls without a step, and micro-batches before the disk is full: some steps, and a checkpoint."""
 _calls = itertools.count(1)
 
 

@@ -1,8 +1,10 @@
 """Prepare: the second round's reference is the champion that was served, to the number."""
 
 import io
+import json
 import math
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -20,7 +22,8 @@ from app.models import Lineage, ensure_sft, load_model, render_prompt, save_mode
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
 from app.training.snapshots import read_groups
-from ray_jobs.prepare import ReferenceScorer, prepare
+from ray_jobs.prepare import ReferenceScorer, prepare, print_summary
+from tests.conftest import write_tiny_model
 from tests.ray_jobs.local_ray import local_ray
 
 
@@ -205,6 +208,79 @@ def test_rows_that_may_be_longer_than_the_context_are_refused_before_anything_is
         prepare(home, ledger, parse_recipe(tree, place="test"), "no-snapshot")
 
 
+def recipe_with(sft, **sections):
+    tree = recipe_for(sft).model_dump(mode="json", exclude_unset=True)
+    return parse_recipe(tree | {name: tree[name] | keys for name, keys in sections.items()}, place="test")
+
+
+TEXTS = [f"{word} question about {word}s?" for word in ("tree", "river", "stone", "cloud", "lamp", "engine")]
+
+
+def test_of_answers_to_one_prompt_only_the_new_one_is_scored(home, ledger, tiny_model, monkeypatch):
+    asked = []
+
+    def scores(home, model_id, groups, recipe, console):
+        asked.extend(response for group in groups for response in group.responses)
+        return [replace(g, reference_logps=tuple(-float(sum(r)) for r in g.responses)) for g in groups]
+
+    monkeypatch.setattr("ray_jobs.prepare.score_reference", scores)
+    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in TEXTS]
+    prepare(home, ledger, recipe_for(tiny_model), write(home, ledger, pairs))
+    assert len(asked) == 2 * len(pairs)
+    asked.clear()
+    more = [*pairs, Pair((Message("user", TEXTS[0]),), Response("c"), Response("b"), "import", "", "")]
+    row = prepare(home, ledger, recipe_for(tiny_model), write(home, ledger, more))
+    assert len(asked) == 1
+    found = scored(home, row.snapshot_id)
+    assert len(found) == 3
+    assert all(logp == -sum(ids) for ids, logp in found.items())
+
+
+def test_what_was_cut_or_left_out_is_shown_with_an_example(home, ledger, tiny_model):
+    pairs = [Pair((Message("user", t),), Response("yes"), Response("no"), "import", "", "") for t in TEXTS]
+    pairs += [Pair((Message("user", "How long?"),), Response("x" * 300), Response("y"), "import", "", "")]
+    pairs += [Pair((Message("user", "z" * 400),), Response("yes"), Response("no"), "import", "", "")]
+    recipe = recipe_with(tiny_model, train={"objective": "simpo"}, prepare={"too_long": "truncate_response"})
+    row = prepare(home, ledger, recipe, write(home, ledger, pairs))
+    printed = io.StringIO()
+    print_summary(Console(file=printed, width=500), row)
+    lines = printed.getvalue().splitlines()
+    assert lines[0].startswith(f"training snapshot {row.snapshot_id}: held_out: ")
+    (dropped,) = [line for line in lines if line.startswith("left out of training: ")]
+    assert re.fullmatch(r"left out of training: 1 prompt_longer_than_window \(such as pair [0-9a-f]{32}\)", dropped)
+    assert "answers cut at the window: 1" in lines
+
+
+def test_a_model_whose_answers_share_no_prompt_is_told_with_the_reason(home, ledger, tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in TEXTS]
+    printed = io.StringIO()
+    recipe = recipe_with(folder, train={"objective": "simpo"})
+    prepare(home, ledger, recipe, write(home, ledger, pairs), console=Console(file=printed, width=500))
+    assert printed.getvalue().splitlines() == [
+        "responses share no prompt, each is a row of its own: `llama` has attention_dropout = 0.1, which the packed attention does not compute"
+    ]
+
+
+def test_kto_on_a_single_prompt_says_that_its_kl_is_not_measured(home, ledger, tiny_model, monkeypatch):
+    monkeypatch.setattr(
+        "ray_jobs.prepare.score_reference",
+        lambda home, model_id, groups, recipe, console: [
+            replace(g, reference_logps=(-1.0,) * len(g.responses)) for g in groups
+        ],
+    )
+    told = []
+    for texts in (TEXTS[:1], TEXTS):
+        pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in texts]
+        printed = io.StringIO()
+        recipe = recipe_with(tiny_model, train={"objective": "kto"})
+        prepare(home, ledger, recipe, write(home, ledger, pairs), console=Console(file=printed, width=500))
+        told.append("warning: kto measures its KL on answers to other prompts, and here are none" in printed.getvalue())
+    assert told == [True, False]
+
+
 @pytest.mark.parametrize("broken", [1, 6])
 def test_rows_to_which_the_reference_gives_no_number_are_left_out_and_counted(
     home, ledger, tiny_model, monkeypatch, broken
@@ -214,8 +290,7 @@ def test_rows_to_which_the_reference_gives_no_number_are_left_out_and_counted(
         return [replace(g, reference_logps=(-2.0, logp)) for g, logp in zip(groups, given, strict=True)]
 
     monkeypatch.setattr("ray_jobs.prepare._with_reference", with_faults)
-    texts = [f"{word} question about {word}s?" for word in ("tree", "river", "stone", "cloud", "lamp", "engine")]
-    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in texts]
+    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in TEXTS]
     pair_snapshot = write(home, ledger, pairs)
     if broken == len(pairs):
         with pytest.raises(DataError, match="gives no finite score to any row"):

@@ -1,5 +1,6 @@
 """The train job on a real cluster: two workers equal one process, a killed run equals an unbroken one."""
 
+import io
 import math
 import shutil
 import threading
@@ -13,6 +14,7 @@ import ray
 import sqlalchemy as sa
 import torch
 from ray.train import TrainingFailedError
+from rich.console import Console
 from safetensors.torch import load_file
 
 from app.config import TrackSection, parse_recipe, usual_learning_rate
@@ -250,6 +252,39 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
     ours, expected = weights_of(home, result.model), weights_of(home, unbroken.model)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert [m["step"] for m in steps_of(ledger, "killed-once")] == list(range(1, result.steps + 1))
+
+
+def test_a_step_without_an_update_is_told_where_it_happens_and_counted_at_the_end(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(
+        sft, objective="tests.ray_jobs.patchy:patchy", options={"call": 5}, max_steps=3, micro_batch_tokens=4096
+    )
+    recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 1})})
+    shown = io.StringIO()
+    result = train(home, ledger, recipe, snapshot_id, run_id="patchy", console=Console(file=shown, width=500))
+    steps = steps_of(ledger, "patchy")
+    assert [bool(step["skipped"]) for step in steps] == [False, True, False], "three calls of the fifth are no step"
+    rows = steps[1]["skipped"]
+    assert len(rows) == steps[1]["pairs"]
+    assert (
+        f"warning: step 2 made no update, a loss or gradient of it is not finite; rows: {rows[0]}, " in shown.getvalue()
+    )
+    assert (result.skipped_steps, result.model.manifest["metrics"]["steps_skipped"]) == (1, 1)
+    with ledger.read() as session:
+        query = sa.select(AuditRow.detail).where(AuditRow.target == "patchy", AuditRow.action == "no_update")
+        assert session.scalars(query).all() == [{"step": 2, "rows": rows}]
+
+
+def test_an_option_beyond_what_is_usual_is_told_before_the_first_step(cluster, stage):
+    home, ledger, _, snapshot_id, sft = stage
+    shown = io.StringIO()
+    recipe = recipe_for(sft, options={"beta": 5.0}, max_steps=1)
+    train(home, ledger, recipe, snapshot_id, run_id="steep", console=Console(file=shown, width=500))
+    (line,) = [line for line in shown.getvalue().splitlines() if "beta" in line]
+    assert line.startswith("warning: ")
+    with ledger.read() as session:
+        query = sa.select(AuditRow.detail).where(AuditRow.target == "steep", AuditRow.action == "warning")
+        assert f"warning: {session.scalars(query).one()['warning']}" == line
 
 
 def test_what_somebody_should_know_before_a_run_is_a_line_each(monkeypatch):

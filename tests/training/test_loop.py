@@ -18,7 +18,7 @@ from app.training.engine import SingleWorker, make_optimizer
 from app.training.held_out import measure, measure_exported
 from app.training.judgements import divide, for_unit, with_strangers
 from app.training.loop import learning_rate_factor, optimise
-from app.training.objectives import Objective, load_objective
+from app.training.objectives import Losses, Objective, load_objective
 from app.training.policy import adapter_off, autocast, build_policy, frozen, merged, precomputed, trainable
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, plain_logps
@@ -112,6 +112,59 @@ def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, 
             assert apart <= 1e-6 * expected[parameter].norm(), parameter
 
 
+def test_a_pair_counts_by_its_weight(grown):
+    beta, sft_weight = 0.5, 0.3
+    objective = load_objective("dpo", {"beta": beta, "sft_weight": sft_weight})
+    groups = [replace(group, reference_logps=(-9.0,) * len(group.responses)) for group in make_groups(4)]
+    section = SECTION.model_copy(update={"reference": "precomputed"})
+    policy = grown(section, objective)
+    with torch.no_grad():
+        logps = {g.group_id: plain_logps(policy.model, [g]) for g in groups}
+    pairs = [
+        (pair.weight, *(logps[g.group_id][i] for i in (pair.chosen, pair.rejected)), len(g.responses[pair.chosen]))
+        for g in groups
+        for pair in g.pairs
+    ]
+    assert len({weight for weight, *_ in pairs}) > 1
+    tokens = sum(weight * count for weight, _, _, count in pairs)
+    expected = sum(
+        -weight
+        * (torch.nn.functional.logsigmoid(beta * (good - bad)) / sum(w for w, *_ in pairs) + sft_weight * good / tokens)
+        for weight, good, bad, _ in pairs
+    )
+    report, _ = one_step(policy, groups, section=section, objective=objective, workers=SingleWorker())
+    assert report.loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def steep(policy_logps, chosen, rejected) -> Losses:
+    """Zero, and its derivative is not a number: inf * 0."""
+    return Losses(((policy_logps[chosen] - policy_logps[rejected]) * 0.0).sqrt(), policy_logps.detach())
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_makes_no_update(start):
+    objective = load_objective(f"{__name__}:steep", {})
+    policy, groups = build_policy(start(), SECTION), make_groups(3)
+    before = {name: parameter.detach().clone() for name, parameter in trainable(policy).items()}
+    report, _ = one_step(policy, groups, section=SECTION, objective=objective, workers=SingleWorker())
+    assert (report.loss, report.grad_norm) == (0.0, None)
+    assert set(report.skipped) == {pair.pair_id for group in groups for pair in group.pairs}
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainable(policy).items())
+
+
+def test_a_gradient_is_clipped_to_the_norm_of_the_recipe_and_reported_as_it_was(grown):
+    found = []
+    for most in (1e6, 0.01):
+        section = SECTION.model_copy(update={"max_grad_norm": most, "warmup_ratio": 0.0})
+        report, gradients = one_step(
+            grown(section, OBJECTIVE), make_groups(4), section=section, objective=OBJECTIVE, workers=SingleWorker()
+        )
+        found.append((report.grad_norm, torch.stack([g.norm() for g in gradients.values()]).norm().item()))
+    (norm, whole), (reported, clipped) = found
+    assert norm == reported == pytest.approx(whole)
+    assert norm > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_recomputed_activations_change_no_gradient(start, adapter):
     reference = "adapter_off" if adapter == "lora" else "precomputed"
@@ -132,6 +185,16 @@ def test_recomputed_activations_change_no_gradient(start, adapter):
     assert computed[1] == 2 * computed[0]
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_step_without_answers_to_other_prompts_has_no_kl_rather_than_one_of_zero(grown):
+    objective = load_objective("kto", OPTIONS["kto"])
+    groups, _ = for_unit(make_groups(3), objective.unit)
+    report, _ = one_step(
+        grown(SECTION, objective), groups, section=SECTION, objective=objective, workers=SingleWorker()
+    )
+    assert report.kl is None
+    assert math.isfinite(report.loss)
 
 
 def test_the_kl_of_kto_is_measured_on_answers_to_other_prompts_and_they_are_not_trained_on(grown):
@@ -286,6 +349,18 @@ def test_packed_and_plain_rows_are_compared_before_the_first_step(start, dtype, 
     policy.model.set_attn_implementation("sdpa")  # sees the other rows of the pack
     with pytest.raises(TrainingError, match="packed rows and plain rows of this model differ"):
         check_packing(engine, make_groups(4), **settings)
+
+
+def test_the_comparison_with_plain_rows_takes_no_more_memory_than_training_where_activations_are_recomputed(start):
+    computed = []
+    for recomputed in (False, True):
+        section = SECTION.model_copy(update={"adapter": "full", "activation_checkpointing": recomputed})
+        policy, calls = build_policy(start(), section), []
+        layer = next(module for name, module in policy.named_modules() if name.endswith("layers.0.mlp"))
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        check_packing(engine_of(policy, section), make_groups(4), section=section, workers=SingleWorker())
+        computed.append(len(calls))
+    assert computed[1] == 2 * computed[0], "what is not computed again was kept"
 
 
 def test_right_scores_with_wrong_gradients_are_refused_too(start, monkeypatch):

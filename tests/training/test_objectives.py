@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, TAKES_LONE_ANSWERS, parse_recipe
 from app.errors import RecipeError
 from app.training import certify, objectives
-from app.training.objectives import Losses, Scored, load_objective
+from app.training.objectives import Losses, Scored, load_objective, require_rows_alone
 
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([2, 3])
 COUNTS = torch.tensor([5, 1, 2, 4])
@@ -170,6 +170,17 @@ def own(policy_logps, chosen, rejected, *, pull: float = 1.0) -> Losses:
     return Losses(pull * (policy_logps[rejected] - policy_logps[chosen]), policy_logps.detach())
 
 
+def sorted_by_reward(policy_logps, reference_logps, chosen, rejected) -> Losses:
+    """AOT, https://arxiv.org/abs/2406.05882: the margins of sorted rewards."""
+    rewards = policy_logps - reference_logps
+    margins = rewards[chosen].sort().values - rewards[rejected].sort().values
+    return Losses(-torch.nn.functional.logsigmoid(margins), rewards.detach())
+
+
+def centred(policy_logps, responses, desirable) -> Losses:
+    return Losses(policy_logps[responses] - policy_logps.mean(), policy_logps.detach())
+
+
 def strange(policy_logps, chosen, rejected, temperature) -> Losses:
     raise NotImplementedError
 
@@ -192,12 +203,26 @@ def test_a_function_of_ones_own_gets_what_it_asks_for():
     assert torch.allclose(objective(scored()).losses, torch.tensor([-3.2, -1.8], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+def test_what_ships_gives_a_row_its_loss_whatever_is_beside_it(name):
+    require_rows_alone(shipped(name))
+
+
+@pytest.mark.parametrize("function", [sorted_by_reward, centred])
+def test_a_function_whose_loss_of_a_row_depends_on_other_rows_is_refused(function):
+    with pytest.raises(
+        RecipeError, match=f"{function.__name__}` gives a row another loss where other rows are beside it"
+    ):
+        require_rows_alone(load_objective(f"{__name__}:{function.__name__}", {}))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("app.nowhere:f", {}, "no objective `app.nowhere:f`: No module named 'app.nowhere'"),
         (f"{__name__}:nothing", {}, "has no attribute 'nothing'"),
-        (f"{__name__}:own", {"pul": 1}, "has no option `pul`\n\nHint: its options are pull."),
+        (f"{__name__}:own", {"pul": 1}, "has no option `pul`\n\nHint: did you mean `pull`? Its options are pull."),
+        (f"{__name__}:own", {"beta": 1}, "has no option `beta`\n\nHint: its options are pull."),
         (f"{__name__}:strange", {}, "asks for `temperature`\n\nHint: it can have policy_logps"),
         ("app.training.objectives:robust", {"beta": 1, "smoothing": 2}, "has no option `smoothing`"),
         (f"{__name__}:needy", {}, "needs the option `strength`, which has no default"),

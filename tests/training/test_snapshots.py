@@ -15,6 +15,7 @@ from app.training.batch import cut_steps
 from app.training.snapshots import (
     Binding,
     TrainFile,
+    check_binding,
     epoch_files,
     epoch_stream,
     known_scores,
@@ -56,6 +57,33 @@ def test_what_is_left_behind_any_step_is_the_end_of_the_whole_order(sizes, seed,
     assert taken == sum(map(len, whole[:done]))
     left = list(cut_steps(stream(*divmod(taken, len(judgements))), judgements.__getitem__, batch_pairs))
     assert left == whole[done:]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"reference_digest": "another"},
+            "has reference log-probabilities of digest in float32, the run needs another in float32",
+        ),
+        ({"dtype": "bfloat16"}, "the run needs digest in bfloat16"),
+        ({"template_digest": "another"}, "was made with another chat template"),
+        ({"max_length": 128}, "the recipe says 128 and drop"),
+        ({"too_long": "refuse"}, "the recipe says 64 and refuse"),
+        ({"unit": "labels"}, "holds pairs, the objective needs labels"),
+        ({"strangers": True}, "the objective needs pairs with answers to other prompts"),
+    ],
+)
+def test_a_snapshot_that_was_made_for_something_else_is_refused(home, ledger, change, told):
+    binding = Binding("pairs", "template", 64, "drop", 0, "digest", "float32")
+    row = write_training_snapshot(home, ledger, make_groups(2), binding=binding, counts={}, rows_per_file=4)
+    snapshot = home.artifact("training", row.snapshot_id)
+    run = {"template_digest": "template", "max_length": 64, "too_long": "drop", "unit": "pairs", "strangers": False}
+    run |= {"reference_digest": "digest", "dtype": "float32"}
+    check_binding(snapshot, **run)
+    check_binding(snapshot, **run | {"reference_digest": None, "dtype": "bfloat16"})  # a run that reads no column of it
+    with pytest.raises(DataError, match=told):
+        check_binding(snapshot, **run | change)
 
 
 def test_no_file_is_read_behind_the_rows_that_are_wanted(home: Home):
