@@ -232,7 +232,7 @@ def score_reference(
             "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
             "backend": recipe.train.attention,
         },
-        batch_size=_SCORE_BATCH,
+        batch_size=length,  # of a larger one Ray Data would put slices together again
         batch_format="pyarrow",
         num_cpus=workers.cpus_per_worker,
         num_gpus=1 if workers.use_gpu else 0,

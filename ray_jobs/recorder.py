@@ -40,9 +40,10 @@ class StepRecorder(UserCallback):
 
         def merge(ledger: Ledger) -> None:
             with ledger.write() as session:
+                known = session.get(RunStepRow, (self.run_id, report["step"])) is not None
                 row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
                 session.merge(row)
-            if report.get("skipped"):
+            if report.get("skipped") and not known:  # a run that goes on reports its last steps again
                 ledger.audit("train", "no_update", self.run_id, {"step": report["step"], "rows": report["skipped"]})
 
         self._written(merge)

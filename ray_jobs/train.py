@@ -75,6 +75,7 @@ from ray_jobs.worker import (
     RESULT,
     TrainTask,
     held_out_measures,
+    not_finite,
     reference_memory,
     require_packable,
     summary,
@@ -107,6 +108,8 @@ class TrainResult:
     """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
     skipped_steps: int
     """Steps whose loss or gradient was not finite, so that they made no update."""
+    not_finite: int
+    """Held-out rows that were left out because their reward was no number."""
 
 
 def train(
@@ -240,6 +243,8 @@ def _tuned_by(ledger: Ledger, start: ModelRow, recipe: Recipe) -> TunedBy:
 def _warnings(section: TrainSection, usual: float, *, held_out: int, on_cpus: bool) -> list[str]:
     """Return what somebody should know before the run, a line each."""
     found = unusual_rate(section.learning_rate, usual)
+    if not held_out and section.held_out_every:
+        found.append("nothing is held out, so train.held_out_every measures nothing")
     if held_out > MOST_HELD_OUT:
         found.append(f"of {held_out} held-out rows the first {MOST_HELD_OUT} are measured")
     if on_cpus and section.dtype == "bfloat16" and not computes_bfloat16():
@@ -424,6 +429,9 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     }
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
+    lost = not_finite(home, run_id)
+    if lost:
+        metrics["held_out_not_finite"] = lost
     skipped = _steps_without_update(ledger, run_id)
     if skipped:
         metrics["steps_skipped"] = skipped
@@ -444,7 +452,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     remove_if_allowed(export.filesystem, export.path)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
     return TrainResult(
-        run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory, skipped
+        run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory, skipped, lost
     )
 
 
@@ -558,6 +566,8 @@ def print_measures(console: Console, result: TrainResult) -> None:
         console.print("too little was held out: whether the model learned is not known", highlight=False)
     else:
         console.print(result.learning.table(), highlight=False)
+    if result.not_finite:
+        console.print(f"left out: {result.not_finite} held-out rows whose reward is no number", highlight=False)
     if memory := result.reference_memory:
         mb = {name: count / 1e6 for name, count in memory.items()}
         console.print(

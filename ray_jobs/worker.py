@@ -6,6 +6,7 @@ train function of `__main__` does not pickle.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -523,17 +524,17 @@ def _nodes_going(steps: SharedSteps) -> set[str]:
 
 
 def _to_prove(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """Take a few groups that fit in one micro-batch, at least one, and the longest by itself if it is not among them.
+    """Take a few groups that fit in one micro-batch, at least one, and by itself the one with the longest row if it is not among them.
 
-    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones. Training may hold one as
-    long, whatever the budget: a group is never divided.
+    What a model does otherwise in long rows (a window, chunks) shows in none of the short ones. A row is the prompt with one answer.
+    Training may hold one as long, whatever the budget: a group is never divided.
     """
     few: list[Group] = []
     for group in groups[:_STEP_ZERO_GROUPS]:
         if few and sum(g.num_tokens for g in few) + group.num_tokens > token_budget:
             break
         few.append(group)
-    longest = max(groups, key=lambda group: group.num_tokens)
+    longest = max(groups, key=lambda group: len(group.prompt_ids) + max(map(len, group.responses)))
     return [few] if longest in few else [few, [longest]]
 
 
@@ -564,7 +565,9 @@ def _export(
             if path.is_file():
                 filesystem.put_file(str(path), f"{artifact.path}/{path.relative_to(scratch)}")
     artifact.write_manifest({"run_id": task.identity.run_id})
-    result = {**_plain(measures), "reference_memory": memory}
+    finite = measures.finite()
+    lost = len(measures.pairs) + len(measures.answers) - len(finite.pairs) - len(finite.answers)
+    result = {**_plain(finite), "reference_memory": memory, "not_finite": lost}
     run = home.artifact("runs", task.identity.run_id)
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
@@ -597,8 +600,19 @@ def _stored(run: Artifact, name: str) -> Measures | None:
 
 def reference_memory(home: Home, run_id: str) -> dict[str, int]:
     """Return the bytes that a reference in slices took in a finished run; nothing where it had none."""
+    found: dict[str, int] = _result(home, run_id).get("reference_memory", {})
+    return found
+
+
+def not_finite(home: Home, run_id: str) -> int:
+    """Return how many held-out rows a finished run left out because their reward was no number."""
+    found: int = _result(home, run_id).get("not_finite", 0)
+    return found
+
+
+def _result(home: Home, run_id: str) -> dict[str, Any]:
     run = home.artifact("runs", run_id)
-    found: dict[str, int] = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}")).get("reference_memory", {})
+    found: dict[str, Any] = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
     return found
 
 
@@ -618,4 +632,5 @@ def summary(measures: Measures) -> dict[str, float]:
         if moved:
             found["held_out_chosen_change"] = sum(moved) / len(moved)
             found["held_out_chosen_fell"] = sum(change < 0 for change in moved) / len(moved)
-    return found
+    # What is not finite no database keeps as a number.
+    return {name: value for name, value in found.items() if math.isfinite(value)}

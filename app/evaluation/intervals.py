@@ -4,7 +4,8 @@ Answers to near-duplicate prompts are not independent, so a bootstrap over rows 
 drawn with replacement, and percentiles of the resampled statistic are the interval, expanded for few clusters as
 Student's t is wider than the normal (Hesterberg 2015, https://arxiv.org/abs/1411.5279). Where every cluster wins (or
 loses) there is nothing to resample: the bootstrap would claim certainty, so the exact Clopper-Pearson bound over
-clusters takes its place. Where all values are equal inside (0, 1), all ties for example, the interval is a point and
+clusters takes its place, and no interval promises more than that one would: of a few clusters with many rows each the bootstrap
+sees no worse than the worst of them. Where all values are equal inside (0, 1), all ties for example, the interval is a point and
 `method` says so. This module knows numbers and cluster names only.
 """
 
@@ -73,8 +74,14 @@ def mean_rate(values: Sequence[float], clusters: Sequence[str], *, resampling: R
     if count == 1:
         # Rows of one cluster say how they differ among themselves, not how another cluster would.
         return Estimate(mean, 0.0, 1.0, resampling.level, len(array), count, "exact")
-    low, high = _percentiles(sums, sizes, resampling)
+    low, high = at_most_certain(*_percentiles(sums, sizes, resampling), level=resampling.level, count=count)
     return Estimate(mean, low, high, resampling.level, len(array), count, "bootstrap")
+
+
+def at_most_certain(low: float, high: float, *, level: float, count: int) -> tuple[float, float]:
+    """Return the interval of a rate, no narrower than that of a perfect record of `count` independent draws would be."""
+    tail = (1 - level) / 2
+    return min(low, float(betaincinv(count, 1, tail))), max(high, float(betaincinv(1, count, 1 - tail)))
 
 
 def mean_ratio(

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app.evaluation.intervals import Estimate, Resampling, mean_rate, mean_ratio
+from app.evaluation.intervals import Estimate, Resampling, at_most_certain, expanded_tail, mean_rate, mean_ratio
 
 FEW_CLUSTERS = 10
 """Resamples of fewer prompt clusters than this say nothing about answers that are judged one by one."""
@@ -252,11 +252,12 @@ def _longest(measures: Sequence[Measured]) -> NDArray[np.float64]:
 def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -> Learning | None:
     """Compare what training added to rewards of liked and of disliked answers with chance and with their lengths.
 
-    None where one of the two kinds is missing or fewer than ten prompt clusters are there: resamples of a handful say
-    nothing.
+    None where there are fewer than ten prompt clusters of either kind: a resample of a handful repeats them, and says nothing
+    of others.
     """
     good = np.array([a.desirable for a in answers], dtype=bool)
-    if good.all() or not good.any() or len({a.cluster for a in answers}) < FEW_CLUSTERS:
+    rarer = min(len({a.cluster for a in answers if a.desirable is kind}) for kind in (True, False))
+    if rarer < FEW_CLUSTERS:
         return None
     gains, tokens = np.array([a.gain for a in answers]), np.array([a.tokens for a in answers], dtype=np.float64)
     index = {name: i for i, name in enumerate(dict.fromkeys(a.cluster for a in answers))}
@@ -269,12 +270,14 @@ def judge_answers(answers: Sequence[JudgedAnswer], *, level: float, seed: int) -
         weight = liked.sum() * disliked.sum()
         if weight:
             resampled.append(liked @ wins @ disliked / weight)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    tail = expanded_tail(level, rarer)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    low, high = at_most_certain(float(low), float(high), level=level, count=rarer)
     shorter = float(0.5 * (1 + np.sign(tokens[~good][None, :] - tokens[good][:, None])).mean())
     return Learning(
         accuracy=float(wins.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         ties=float((wins == 0.5).mean()),
         shorter=shorter,
         longer=1 - shorter,

@@ -5,8 +5,10 @@ what was learned or whether it is enough.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -79,6 +81,14 @@ class Measures:
 
     pairs: list[PairMeasure]
     answers: list[AnswerMeasure]
+
+    def finite(self) -> Self:
+        """Return those whose reward is a number, before and after: of another one nothing can be said."""
+        return replace(
+            self,
+            pairs=[row for row in self.pairs if math.isfinite(row.gain)],
+            answers=[row for row in self.answers if math.isfinite(row.gain)],
+        )
 
 
 def measure(

@@ -26,7 +26,7 @@ from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
 from app.training.policy import Reference, autocast
 from app.training.proofs import NOISE_TOLERANCE
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, without_noise
 from app.training.tokenization import Group
 
 _MAX_FAILURES = 3
@@ -112,7 +112,10 @@ def optimise(
         began = time.perf_counter()
         # Of what is random in a forward nothing has to be kept for a resume.
         torch.manual_seed(int(content_hash([section.seed, step, workers.rank])[:15], 16))
-        policy.train()
+        if objective.unit == "good":
+            policy.train()
+        else:
+            without_noise(policy)  # a preference is a difference of scores, and that of two draws of a dropout is none
         totals = Totals.of(groups, objective.unit)
         # Strangers are of no use to an objective without a KL, though its snapshot may hold them.
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
@@ -230,7 +233,6 @@ def _kl(
     """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped; 0 where there are none."""
     policy, device = engine.policy, engine.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    policy.train(mode=False)
     batches = micro_batches(strangers, section.token_budget(device.type))
     idle = workers.rounds(len(batches)) - len(batches)
     with torch.no_grad():
@@ -241,7 +243,6 @@ def _kl(
             ratios = (logps - reference(batch)).double()
             if number < len(batches):
                 sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
-    policy.train()
     workers.sum_(sums)
     return (sums[0] / sums[1].clamp(min=1)).float()
 

@@ -20,7 +20,7 @@ from app.config import TrainSection
 from app.errors import ModelError, TrainingError
 from app.models import LoadedModel
 from app.training.batch import PackedBatch
-from app.training.scoring import ScoringModel
+from app.training.scoring import ScoringModel, without_noise
 
 
 def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool = False) -> ScoringModel:
@@ -106,10 +106,11 @@ def adapter_off(policy: ScoringModel, dtype: str) -> Reference:
 
     def score(batch: PackedBatch) -> Tensor:
         training = policy.training
-        policy.train(mode=False)  # a reference knows no dropout
+        without_noise(policy)
         with torch.no_grad(), adapted.disable_adapter(), autocast(batch.input_ids.device, dtype):
             logps = _logps(policy, batch)
-        policy.train(mode=training)
+        if training:
+            policy.train()
         return logps
 
     return score

@@ -16,7 +16,7 @@ from app.errors import TrainingError
 from app.training.batch import PackedBatch
 from app.training.engine import Engine, Workers
 from app.training.policy import Reference, autocast
-from app.training.scoring import ScoringModel, by_own_attention, plain_logps
+from app.training.scoring import ScoringModel, by_own_attention, plain_logps, without_noise
 from app.training.tokenization import Group
 
 NOISE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
@@ -80,7 +80,7 @@ class Trial:
 
 def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as one packed row."""
-    _as_trained(engine.policy)
+    without_noise(engine.policy)
     batch = PackedBatch.pack(groups).to(engine.device)
     signs = [sign for group, sign in _signed(groups) for _ in group.responses]
     with autocast(engine.device, dtype):
@@ -93,7 +93,7 @@ def score_packed(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Tria
 
 def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial:
     """Score groups as plain rows, by the model's own attention."""
-    _as_trained(engine.policy)
+    without_noise(engine.policy)
     logps = []
     rows = [
         (replace(group, responses=(response,)), sign) for group, sign in _signed(groups) for response in group.responses
@@ -108,11 +108,6 @@ def score_plain(engine: Engine, groups: Sequence[Group], *, dtype: str) -> Trial
     gradients = engine.gradients()
     engine.discard()
     return Trial(torch.stack(logps), gradients)
-
-
-def _as_trained(policy: ScoringModel) -> None:
-    # Only where it trains does transformers recompute activations, without which a row may not fit. What is packed has no dropout.
-    policy.train(mode=policy.plain_because is None)
 
 
 def _signed(groups: Sequence[Group]) -> list[tuple[Group, float]]:
@@ -133,7 +128,11 @@ def check_packing(engine: Engine, groups: Sequence[Group], *, section: TrainSect
     turned = packed.turned(plain, workers)
     allowed, allowed_turn = NOISE_TOLERANCE[section.dtype], _GRADIENT_TOLERANCE[section.dtype]
     if not (apart <= allowed and turned <= allowed_turn):
-        msg = f"packed rows and plain rows of this model differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%}): its layers cannot be packed\n\nHint: set train.attention to `plain`, then each response is a row of its own (not with train.sharding; where `prepare` scored by packed rows, `--set prepare.reuse_scores=false` too), and report this architecture."
+        differ = f"differ by {apart:.4f} nats for the root of a token (allowed: {allowed}) and by {turned:.2%} of their gradient (allowed: {allowed_turn:.2%})"
+        if engine.policy.plain_because is not None:
+            msg = f"scores of this model and what its own head gives {differ}: its answers cannot be scored\n\nHint: report this architecture."
+            raise TrainingError(msg)
+        msg = f"packed rows and plain rows of this model {differ}: its layers cannot be packed\n\nHint: set train.attention to `plain`, then each response is a row of its own (not with train.sharding; where `prepare` scored by packed rows, `--set prepare.reuse_scores=false` too), and report this architecture."
         raise TrainingError(msg)
     return apart
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from app.errors import ModelError
 from app.training.attention import Backend, Layout, attention_name
@@ -116,6 +117,17 @@ class ScoringModel(nn.Module):
 def causal_model(model: nn.Module) -> Any:
     """Return the model that peft's wrapper stands around, its layers with what adapters they carry; without one, the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def without_noise(policy: nn.Module) -> None:
+    """Switch off dropout and whatever else is random in a forward, but let layers compute again in backward what they did not keep.
+
+    transformers ties both to `training`.
+    """
+    policy.train(mode=False)
+    for module in policy.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
 
 
 @contextmanager
@@ -285,8 +297,10 @@ def _plain_rows(decoder: nn.Module, batch: PackedBatch, layout: type[Layout] | N
 
 
 def _logit_scale(config: Any) -> float:
-    """Return the factor on the head's output: Cohere names it, Granite names what divides it."""
-    return float(getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1))
+    """Return the factor on the head's output: Cohere names it, Granite names what divides it, HyperCLOVA X names it as Granite does."""
+    scaling = float(getattr(config, "logits_scaling", 1))
+    named = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+    return float(getattr(config, "logit_scale", None) or named)
 
 
 class _Head(nn.Module):

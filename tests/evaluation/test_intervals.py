@@ -75,6 +75,17 @@ def test_two_lucky_pairs_prove_nothing():
     assert judge_learning(measures, level=0.95, seed=0).low < 0.5
 
 
+@pytest.mark.parametrize(("wins", "rows"), [((3, 3), 4), ((3, 4), 5), ((18, 19, 17), 20)])
+def test_many_rows_of_a_few_clusters_prove_nothing_either(wins, rows):
+    values = [float(i < won) for won in wins for i in range(rows)]
+    clusters = [str(number) for number in range(len(wins)) for _ in range(rows)]
+    estimate = mean_rate(values, clusters, resampling=QUICK)
+    perfect = 0.025 ** (1 / len(wins))
+    assert estimate.low <= perfect + 1e-9 < 0.5, "no better than if every row of them had won"
+    losses = mean_rate([1 - value for value in values], clusters, resampling=QUICK)
+    assert losses.high >= 1 - perfect - 1e-9 > 0.5
+
+
 def test_all_ties_are_a_point_and_no_values_are_no_knowledge():
     ties = mean_rate([0.5] * 9, list("abcdefghi"), resampling=QUICK)
     assert (ties.low, ties.high, ties.method) == (0.5, 0.5, "constant")

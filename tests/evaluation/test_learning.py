@@ -142,9 +142,23 @@ def test_rewards_that_the_start_model_gave_already_are_not_learned():
     assert judge_answers(moved, level=0.95, seed=0).learned
 
 
-def test_answers_of_one_kind_say_nothing():
-    liked = [a for a in answers(liked_reward=1.0) if a.desirable]
-    assert judge_answers(liked, level=0.95, seed=0) is None
+@pytest.mark.parametrize("disliked", [0, 1, 9])
+def test_answers_of_one_kind_and_a_handful_of_the_other_say_nothing(disliked):
+    rows = answers(liked_reward=1.0)
+    few = [a for a in rows if a.desirable] + [a for a in rows if not a.desirable][:disliked]
+    assert judge_answers(few, level=0.95, seed=0) is None
+
+
+def test_a_few_disliked_answers_among_many_liked_ones_are_hardly_ever_learned_by_chance():
+    generator = np.random.default_rng(2)
+    found = 0
+    for run in range(200):
+        rewards = generator.normal(size=70)
+        rows = [AnswerMeasure(str(i), f"c{i}", i >= 10, float(r), -1.0, 9, 0.5) for i, r in enumerate(rewards)]
+        learning = judge_answers(rows, level=0.95, seed=run)
+        assert learning is not None
+        found += learning.learned
+    assert found <= 8, "2.5 % would be five"
 
 
 @pytest.mark.parametrize(("gain", "learned"), [(0.3, True), (0.0, False), (-0.2, False)])

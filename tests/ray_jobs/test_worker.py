@@ -129,6 +129,8 @@ def test_the_proofs_of_a_run_see_several_groups_and_the_longest_of_all():
     assert proven(shown) == [["g10", "g20", "g15", "g12"], ["g300"]]
     assert proven(shown[4:]) == [["g90"], ["g300"]]
     assert proven(shown[:3]) == [["g10", "g20", "g15"]]
+    many = Group("many", "many", "train", (1,) * 40, ((2,) * 100,) * 4, ())
+    assert proven([*shown, many]) == [["g10", "g20", "g15", "g12"], ["g300"]], "its rows are shorter"
 
 
 def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):

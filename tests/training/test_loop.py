@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from app.config import OBJECTIVE_OPTIONS, LoraSection
 from app.errors import ModelError, TrainingError
@@ -149,6 +150,29 @@ def test_a_finite_loss_with_a_gradient_that_is_not_makes_no_update(start):
     assert (report.loss, report.grad_norm) == (0.0, None)
     assert set(report.skipped) == {pair.pair_id for group in groups for pair in group.pairs}
     assert all(torch.equal(before[name], parameter) for name, parameter in trainable(policy).items())
+
+
+def test_dropout_acts_where_answers_are_imitated_and_not_where_they_are_compared(start):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5))
+    section = SECTION.model_copy(update={"adapter": "full", "reference": "precomputed"})
+    policy = build_policy(replace(start(), model=model.eval()), section)
+    assert policy.plain_because is not None
+    groups = make_groups(3)
+    with torch.no_grad():
+        scored = [
+            replace(group, reference_logps=tuple(plain_logps(policy.model, [group]).tolist())) for group in groups
+        ]
+    report, _ = one_step(policy, scored, section=section, objective=OBJECTIVE, workers=SingleWorker())
+    assert report.loss == pytest.approx(math.log(2), abs=1e-5)
+    assert report.chosen_fell == 0.0
+    imitation = load_objective("sft", {})
+    good, _ = for_unit(groups, imitation.unit)
+    losses = []
+    for seed in (0, 1):
+        section = section.model_copy(update={"seed": seed, "learning_rate": 0.0})
+        losses.append(one_step(policy, good, section=section, objective=imitation, workers=SingleWorker())[0].loss)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_gradient_is_clipped_to_the_norm_of_the_recipe_and_reported_as_it_was(grown):

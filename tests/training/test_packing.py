@@ -19,6 +19,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -73,6 +75,7 @@ def tiny_model(kind: str = "llama"):
         "granite": lambda: GraniteForCausalLM(
             GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7)
         ),
+        "hyperclovax": lambda: HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**SIZES, logits_scaling=3.0)),
         "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3, pad_token_id=0)),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, sliding_window=5)),
     }
@@ -107,7 +110,7 @@ def group(name: str, prompt: int, responses: tuple[int, ...], seed: int = 0) -> 
 GROUPS = [group("a", 7, (5, 3)), group("b", 1, (1, 9, 4)), group("c", 12, (6,))]
 
 
-KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite"]
+KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "hyperclovax"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
