@@ -362,6 +362,9 @@ def bench(
     if what == "scale" and (groups or prompt_tokens or rounds != _ROUNDS):
         msg = "--groups, --prompt-tokens and --rounds have no effect on `bench scale`: remove them"
         raise RecipeError(msg)
+    if targets and rounds < _ROUNDS:
+        msg = f"--targets are of the median of {_ROUNDS} rounds at least, and --rounds is {rounds}\n\nHint: say what you expect of fewer with --expect."
+        raise RecipeError(msg)
     if what == "train":
         outcome = bench_train(_home(), settings, expect=expect, targets=targets, say=say, tell=typer.echo)
     else:

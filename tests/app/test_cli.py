@@ -7,6 +7,11 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import cli
+from app.errors import RecipeError
 from app.storage import HOME_VARIABLE
 
 
@@ -29,3 +34,22 @@ def test_ctrl_c_during_an_import_is_one_message_and_leaves_nothing_behind(home, 
     assert process.returncode == 130
     assert told == "prefloop: interrupted; nothing was imported, the same command begins anew\n"
     assert not home.local("pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["train", "--targets", "hh_rlhf", "--rounds", "2"],
+            "--targets are of the median of 3 rounds at least, and --rounds is 2",
+        ),
+        (["ablate", "--expect", "online=2"], "--expect, --targets and --only have no effect on `bench ablate`"),
+        (["scale", "--groups", "4"], "--groups, --prompt-tokens and --rounds have no effect on `bench scale`"),
+        (["train", "--json", "nowhere/found.json"], "`--json nowhere/found.json`: there is no folder"),
+    ],
+)
+def test_what_has_no_effect_on_a_benchmark_is_refused_before_it_begins(home, tmp_path, arguments, told):
+    what, *options = arguments
+    result = CliRunner().invoke(cli, ["bench", what, "--data", str(tmp_path / "pairs.jsonl"), *options])
+    assert isinstance(result.exception, RecipeError)
+    assert told in str(result.exception)
