@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -21,10 +22,13 @@ from app.generation import GenerationRequest, generate
 from app.models import Lineage, ensure_sft, load_model, render_prompt, save_model
 from app.preferences.snapshots import write_pair_snapshot
 from app.schemas import Message, Pair, Response, Split
+from app.storage import Home
 from app.training.snapshots import read_groups
 from ray_jobs.prepare import ReferenceScorer, prepare, print_summary
 from tests.conftest import write_tiny_model
 from tests.ray_jobs.local_ray import local_ray
+
+TEXTS = [f"{word} question about {word}s?" for word in ("tree", "river", "stone", "cloud", "lamp", "engine")]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,27 @@ class Dying(ReferenceScorer):
         os._exit(9)
 
 
+class Telling(ReferenceScorer):
+    """Leaves a file in the home for each batch, named by its rows."""
+
+    def __init__(self, home_uri, **settings):
+        super().__init__(home_uri, **settings)
+        self.folder = Home.at(home_uri).local("batches")
+
+    def __call__(self, table):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{uuid.uuid4()}-{len(table)}").touch()
+        return super().__call__(table)
+
+
+def test_a_small_pass_of_the_reference_is_cut_for_all_actors(cluster, home, ledger, tiny_model, monkeypatch):
+    pairs = [Pair((Message("user", t),), Response("a"), Response("b"), "import", "", "") for t in TEXTS]
+    monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", Telling)
+    prepare(home, ledger, recipe_for(tiny_model), write(home, ledger, pairs))
+    rows = [int(path.name.rsplit("-", 1)[1]) for path in home.local("batches").iterdir()]
+    assert sorted(rows) == [3, 3], "two actors"
+
+
 def test_a_pass_of_the_reference_whose_actors_die_again_and_again_ends_with_a_remedy(
     cluster, home, ledger, tiny_model, monkeypatch
 ):
@@ -211,9 +236,6 @@ def test_rows_that_may_be_longer_than_the_context_are_refused_before_anything_is
 def recipe_with(sft, **sections):
     tree = recipe_for(sft).model_dump(mode="json", exclude_unset=True)
     return parse_recipe(tree | {name: tree[name] | keys for name, keys in sections.items()}, place="test")
-
-
-TEXTS = [f"{word} question about {word}s?" for word in ("tree", "river", "stone", "cloud", "lamp", "engine")]
 
 
 def test_of_answers_to_one_prompt_only_the_new_one_is_scored(home, ledger, tiny_model, monkeypatch):
