@@ -185,6 +185,17 @@ def test_the_oracle_computes_no_logits_of_a_prompt():
     assert rows == [6, 4, 2, 10, 5, 7]
 
 
+def test_the_head_computes_those_rows_alone_that_predict_an_answer():
+    model, rows = tiny_model(), []
+    head = model.get_output_embeddings()
+    project = head.forward
+    head.forward = lambda given: rows.append(len(given)) or project(given)
+    batch = PackedBatch.pack(GROUPS)
+    ScoringModel(model)(batch)
+    assert sum(rows) == sum(len(response) for group in GROUPS for response in group.responses)
+    assert sum(rows) < batch.input_ids.numel()
+
+
 # Cohere's norm rounds to fp32 and has no exact stand-in here.
 @pytest.mark.parametrize("kind", [*KINDS, "cohere"])
 def test_packed_scores_and_gradients_equal_plain_rows_in_fp32(kind):
