@@ -664,6 +664,9 @@ class Recipe(Section):
         if self.train.attention in ("flex", "varlen") and not self.workers.use_gpu:
             msg = f"`train.attention: {self.train.attention}` needs a GPU: set `workers.use_gpu`, or `train.attention: sdpa`"
             raise ValueError(msg)
+        if self.train.offload and not self.workers.use_gpu:
+            msg = "`train.offload` has no effect on CPUs, where all is in their memory already: remove it, or set `workers.use_gpu`"
+            raise ValueError(msg)
         if self.collect is not None and self.collect.max_tokens > self.serving.max_tokens:
             msg = f"`collect.max_tokens` = {self.collect.max_tokens} is more than `serving.max_tokens` = {self.serving.max_tokens}, which the gateway refuses"
             raise ValueError(msg)

@@ -231,9 +231,10 @@ def test_a_key_that_moved_is_named_with_its_new_place():
         ({"attention": "flex"}, "`train.attention: flex` needs a GPU: set `workers.use_gpu`"),
         ({"attention": "varlen", "dtype": "float32"}, "`attention: varlen` computes in half precision only"),
         ({"attention": "plain", "sharding": "zero3"}, "`attention: plain` cannot be had with `sharding: zero3`"),
+        ({"sharding": "zero3", "offload": ["optimizer"]}, "`train.offload` has no effect on CPUs"),
     ],
 )
-def test_an_attention_that_cannot_be_is_refused(train, fault):
+def test_what_this_machine_cannot_do_or_has_no_effect_is_refused(train, fault):
     with pytest.raises(RecipeError, match=re.escape(fault)):
         parse_recipe({"name": "x", "train": train}, place="test")
 
