@@ -39,12 +39,15 @@ class StepRecorder(UserCallback):
             return
 
         def merge(ledger: Ledger) -> None:
+            if report.get("skipped"):
+                with ledger.read() as session:
+                    known = session.get(RunStepRow, (self.run_id, report["step"]))
+                # A run that goes on reports its last steps again. Before the step itself: what is written again is told twice rather than never.
+                if known is None or not known.metrics.get("skipped"):
+                    ledger.audit("train", "no_update", self.run_id, {"step": report["step"], "rows": report["skipped"]})
             with ledger.write() as session:
-                known = session.get(RunStepRow, (self.run_id, report["step"])) is not None
                 row = RunStepRow(run_id=self.run_id, step=report["step"], metrics=report, created_at=now())
                 session.merge(row)
-            if report.get("skipped") and not known:  # a run that goes on reports its last steps again
-                ledger.audit("train", "no_update", self.run_id, {"step": report["step"], "rows": report["skipped"]})
 
         self._written(merge)
 

@@ -208,9 +208,9 @@ def _train(
     except TrainingFailedError as error:
         refusal = getattr(error, "controller_failure", None)
         if isinstance(refusal, REFUSALS):
-            _record_end(ledger, run_id, status="failed", error=str(refusal))
-            remedy = _MORE_ROOM if isinstance(refusal, OutOfMemory) else ""
-            msg = f"run `{run_id}` was refused by a worker: {refusal}{remedy}"
+            why = f"{refusal}{_MORE_ROOM if isinstance(refusal, OutOfMemory) else ''}"
+            _record_end(ledger, run_id, status="failed", error=why)
+            msg = f"run `{run_id}` was refused by a worker: {why}"
             raise type(refusal)(msg) from error
         cause = _cause(error)
         _record_end(ledger, run_id, status="failed", error=cause)

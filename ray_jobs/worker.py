@@ -6,7 +6,6 @@ train function of `__main__` does not pickle.
 """
 
 import json
-import math
 import os
 import tempfile
 import time
@@ -172,9 +171,9 @@ def _train(task: TrainTask) -> None:
     else:
         sharding = _Whole(task, device, SingleWorker())
     workers = sharding.workers
-    start = sharding.load(task.start_model_id, _dtype(section))
     objective = load_objective(section.objective, section.options)
     require_rows_alone(objective)
+    start = sharding.load(task.start_model_id, _dtype(section))
     policy = sharding.policy(start, agreement="agreement" in objective.needs)
     engine = sharding.engine(policy)
     reference = _reference(task, sharding, policy) if objective.has_reference else precomputed
@@ -619,6 +618,7 @@ def _result(home: Home, run_id: str) -> dict[str, Any]:
 def summary(measures: Measures) -> dict[str, float]:
     """Return the means over what was held out, by the names of the ledger's metrics; nothing where there is nothing."""
     found: dict[str, float] = {}
+    measures = measures.finite()
     losses = [m.loss for m in measures.pairs if m.loss is not None] + [m.loss for m in measures.answers]
     if losses:
         found["held_out_loss"] = sum(losses) / len(losses)
@@ -632,5 +632,4 @@ def summary(measures: Measures) -> dict[str, float]:
         if moved:
             found["held_out_chosen_change"] = sum(moved) / len(moved)
             found["held_out_chosen_fell"] = sum(change < 0 for change in moved) / len(moved)
-    # What is not finite no database keeps as a number.
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return found

@@ -79,7 +79,7 @@ def mean_rate(values: Sequence[float], clusters: Sequence[str], *, resampling: R
 
 
 def at_most_certain(low: float, high: float, *, level: float, count: int) -> tuple[float, float]:
-    """Return the interval of a rate, no narrower than that of a perfect record of `count` independent draws would be."""
+    """Return the interval of a rate, its ends no further from chance than `count` independent draws that all agree would put them."""
     tail = (1 - level) / 2
     return min(low, float(betaincinv(count, 1, tail))), max(high, float(betaincinv(1, count, 1 - tail)))
 

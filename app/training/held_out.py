@@ -83,11 +83,11 @@ class Measures:
     answers: list[AnswerMeasure]
 
     def finite(self) -> Self:
-        """Return those whose reward is a number, before and after: of another one nothing can be said."""
+        """Return those whose loss and reward are numbers, before and after: of others nothing can be said, and no database keeps them."""
         return replace(
             self,
-            pairs=[row for row in self.pairs if math.isfinite(row.gain)],
-            answers=[row for row in self.answers if math.isfinite(row.gain)],
+            pairs=[row for row in self.pairs if math.isfinite(row.gain + (row.loss or 0.0))],
+            answers=[row for row in self.answers if math.isfinite(row.gain + row.loss)],
         )
 
 

@@ -119,11 +119,12 @@ def optimise(
         totals = Totals.of(groups, objective.unit)
         # Strangers are of no use to an objective without a KL, though its snapshot may hold them.
         own, strangers = _divided(rank_share(groups, rank=workers.rank, world_size=workers.size))
-        kl = (
+        measured = (
             _kl(engine, strangers, groups, reference, section=section, workers=workers)
             if "kl" in objective.needs
             else None
         )
+        kl = torch.zeros((), device=device) if measured is None else measured
         sums = _Sums(device, dtype=section.dtype)
         odd: list[str] = []
         batches = micro_batches(own, section.token_budget(device.type))
@@ -151,7 +152,7 @@ def optimise(
             engine.discard()
         report = sums.report(
             step=step + 1,
-            kl=None if kl is None or not any(divide(group)[1] for group in groups) else _finite(float(kl)),
+            kl=None if measured is None else _finite(float(measured)),
             grad_norm=norm,
             learning_rate=rate,
             seconds=time.perf_counter() - began,
@@ -229,8 +230,8 @@ def _kl(
     *,
     section: TrainSection,
     workers: Workers,
-) -> Tensor:
-    """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped; 0 where there are none."""
+) -> Tensor | None:
+    """Estimate KL(policy, reference) on the answers to other prompts of a whole step: (), not clamped; None where there are none."""
     policy, device = engine.policy, engine.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = micro_batches(strangers, section.token_budget(device.type))
@@ -244,7 +245,7 @@ def _kl(
             if number < len(batches):
                 sums += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
     workers.sum_(sums)
-    return (sums[0] / sums[1].clamp(min=1)).float()
+    return (sums[0] / sums[1]).float() if sums[1] else None
 
 
 def score_losses(

@@ -291,6 +291,11 @@ def test_what_somebody_should_know_before_a_run_is_a_line_each(monkeypatch):
     section = recipe_for("sft").train
     monkeypatch.setattr("ray_jobs.train.computes_bfloat16", lambda: False)
     assert _warnings(section, 1e-3, held_out=4096, on_cpus=True) == []
+    looking = section.model_copy(update={"held_out_every": 4})
+    assert _warnings(looking, 1e-3, held_out=4096, on_cpus=True) == []
+    assert _warnings(looking, 1e-3, held_out=0, on_cpus=True) == [
+        "nothing is held out, so train.held_out_every measures nothing"
+    ]
     told = _warnings(section.model_copy(update={"dtype": "bfloat16"}), 1e-3, held_out=5000, on_cpus=True)
     assert told == [
         "of 5000 held-out rows the first 4096 are measured",

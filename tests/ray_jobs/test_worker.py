@@ -1,6 +1,7 @@
 """The rows of a train worker: read ahead by a thread, waited for no longer than is told, and passed over undecoded."""
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from app.schemas import TRAINING_SCHEMA, Split
 from app.storage import read_parquet
 from app.training.checkpoints import RunIdentity
 from app.training.engine import SingleWorker
+from app.training.held_out import AnswerMeasure, Measures, PairMeasure
 from app.training.snapshots import SHUFFLE_WINDOW, count_steps, epoch_files, to_row, train_files
 from app.training.tokenization import Group
 from ray_jobs import stream
-from ray_jobs.worker import SharedSteps, TrainTask, _to_prove
+from ray_jobs.worker import SharedSteps, TrainTask, _to_prove, summary
 from tests.training.tiny_runs import make_groups
 
 EPOCHS, BATCH_PAIRS = 3, 4
@@ -131,6 +133,18 @@ def test_the_proofs_of_a_run_see_several_groups_and_the_longest_of_all():
     assert proven(shown[:3]) == [["g10", "g20", "g15"]]
     many = Group("many", "many", "train", (1,) * 40, ((2,) * 100,) * 4, ())
     assert proven([*shown, many]) == [["g10", "g20", "g15", "g12"], ["g300"]], "its rows are shorter"
+
+
+def test_held_out_rows_that_are_no_number_are_in_no_mean():
+    def pair(name: str, margin: float, loss: float) -> PairMeasure:
+        return PairMeasure(name, name, margin, loss, 5, 9, chosen_logp=margin, before_logp=-1.0)
+
+    good = [pair("a", 0.5, 0.25), pair("b", -0.5, 0.75)]
+    odd = [pair("c", math.nan, 0.5), pair("d", 0.5, math.inf)]
+    answers = [AnswerMeasure("e", "e", True, reward, -1.0, 5, 0.5) for reward in (1.0, math.nan)]
+    assert Measures([*good, *odd], answers).finite() == Measures(good, answers[:1])
+    assert summary(Measures([*good, *odd], [])) == summary(Measures(good, []))
+    assert summary(Measures(odd, [])) == {}
 
 
 def test_what_the_reading_thread_meets_is_raised_where_the_step_is_waited_for(task, read):
