@@ -321,6 +321,7 @@ def bench(
     lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,
     groups: Annotated[int | None, typer.Option(help="Sample K answers to each prompt.", metavar="K", min=2)] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Cut prompts to their last tokens.", min=1)] = None,
+    epochs: Annotated[int, typer.Option(help="Passes of every arm over the pairs.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="How often every arm runs, one after the other.", min=1)] = _ROUNDS,
     model: Annotated[str, typer.Option(help="`embedded`, a folder, a URI or a hub id.")] = "embedded",
     micro_batch_tokens: Annotated[
@@ -350,14 +351,15 @@ def bench(
         rounds=rounds,
         model=model,
         micro_batch_tokens=micro_batch_tokens,
+        epochs=epochs,
         only=only,
     )
     say = partial(typer.echo, err=True)
     if into is not None and not into.resolve().parent.is_dir():
         msg = f"`--json {into}`: there is no folder `{into.resolve().parent}`"
         raise RecipeError(msg)
-    if what != "train" and (expect or targets or only):
-        msg = f"--expect, --targets and --only have no effect on `bench {what}`: remove them"
+    if what != "train" and (expect or targets or only or epochs != 1):
+        msg = f"--expect, --targets, --only and --epochs have no effect on `bench {what}`: remove them"
         raise RecipeError(msg)
     if what == "scale" and (groups or prompt_tokens or rounds != _ROUNDS):
         msg = "--groups, --prompt-tokens and --rounds have no effect on `bench scale`: remove them"

@@ -265,6 +265,7 @@ def speed(bench: Bench) -> str:
         micro_batch_tokens=TrainSection().token_budget(this_device().type),
         learning_rate=1e-5,
         threads=torch.get_num_threads(),
+        epochs=1,
     )
     parity = run_parity(work)
     if not parity.passed:

@@ -49,7 +49,7 @@ class Measured:
     """What an arm did and how long it took; the tuples but `shapes` have one value for each optimizer step."""
 
     score_seconds: float
-    """Pass of the reference over all rows; 0 where it is asked in each step."""
+    """Pass of the reference over all rows, once for all epochs; 0 where it is asked in each step."""
     step_seconds: tuple[float, ...]
     """From the end of a step to the end of the next; the first from the begin of training."""
     step_pairs: tuple[int, ...]
@@ -118,7 +118,7 @@ def run_ours(work: Work, arm: Arm) -> Measured:
         score_seconds = time.perf_counter() - began
     policy = build_policy(start, section).to(device)
     reference = precomputed if arm.reference == "cached" else _online(work, policy)
-    steps = list(step_groups(groups, work.batch_pairs))
+    steps = list(step_groups(groups, work.batch_pairs)) * work.epochs
     seconds, losses, logps = [], [], []
     last = time.perf_counter()
     workers = SingleWorker()
@@ -165,7 +165,7 @@ def section_of(work: Work) -> TrainSection:
     return TrainSection(
         adapter=work.adapter,
         learning_rate=work.learning_rate,
-        epochs=1,
+        epochs=work.epochs,
         schedule="constant",
         warmup_ratio=0.0,
         batch_pairs=work.batch_pairs,

@@ -54,6 +54,8 @@ class BenchSettings:
     model: str
     micro_batch_tokens: int | None
     """Token budget of our forward; None: what a recipe has that says nothing."""
+    epochs: int = 1
+    """Passes of every arm over the rows; the reference scores them once where it is cached."""
     only: Part | None = None
     """The only part that is measured; default: all that the work has."""
 
@@ -123,7 +125,7 @@ def bench_train(
     tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
-        title = f"{kind}{_what(settings, work)}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, {threads} threads"
+        title = f"{kind}{_what(settings, work)}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, epochs: {work.epochs}, {threads} threads"
         found = compare_trainers(title, work, parts=parts, shape=shape, peaks=peaks, rounds=settings.rounds, say=say)
         ratios = list(found.ratios)
         _tell(tell, found.lines(wanted))
@@ -241,6 +243,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
             micro_batch_tokens=settings.token_budget,
             learning_rate=_LEARNING_RATES[settings.adapter],
             threads=len(psutil.Process().cpu_affinity() or [0]),
+            epochs=settings.epochs,
         )
 
     if settings.answers is None:

@@ -65,8 +65,10 @@ def operations(shape: ModelShape, work: Work, arm: Arm, measured: Measured, *, c
             head_rows=sum(map(len, _responses(work.groups))),
             attended=sum(map(_attended, work.groups)),
         )
+        scores = 1 if arm.reference == "cached" else work.epochs
         # Beyond 2048 rows of answers in one forward our head computes its logits again, which is left out.
-        return float(backbone * (2 + backward + again) + head * (2 + backward) + attention * (4 + again))
+        trained = backbone * (1 + backward + again) + head * (1 + backward) + attention * (3 + again)
+        return float((backbone + head + attention) * scores + trained * work.epochs)
     answered = sum(len(g.responses[i]) for g in work.groups for p in g.pairs for i in (p.chosen, p.rejected))
 
     def forward(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:

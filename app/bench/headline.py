@@ -91,8 +91,10 @@ def compare_headline(work: Work, pairs: Sequence[Pair], *, rounds: int, say: Say
             environment = {**CHILD, HOME_VARIABLE: home.uri}
             ours.append(watched(command, name="prefloop train", environment=environment))
             say(f"headline, round {number + 1} of {rounds}: prefloop train: {ours[-1][0]:.1f} s")
-            order, seconds, wait = _job_steps(home, ledger, runs[-1])
-            bare = run_arm(replace(work, groups=order), Arm("bare", "prefloop", "cached", work.dtype, batch=0))
+            order, seconds, wait = _job_steps(home, ledger, runs[-1], epochs=work.epochs)
+            bare = run_arm(
+                replace(work, groups=order, epochs=1), Arm("bare", "prefloop", "cached", work.dtype, batch=0)
+            )
             overheads.append(sum(seconds[2:-1]) / sum(bare.step_seconds[2:-1]) - 1)
             waits.append(wait)
             command = [sys.executable, "-m", "app.bench.trl_script", str(data), str(Path(scratch, f"model-{number}"))]
@@ -144,25 +146,27 @@ def _script_settings(work: Work, rows: Sequence[dict[str, object]], model: str) 
             "bf16": work.dtype == "bfloat16",
             "learning_rate": work.learning_rate,
             "lr_scheduler_type": "constant",
-            "num_train_epochs": 1,
+            "num_train_epochs": section.epochs,
         },
     }
 
 
-def _job_steps(home: Home, ledger: Ledger, run_id: str) -> tuple[tuple[Group, ...], list[float], float]:
-    """Return the groups of a run in its order, seconds from report to report (of the first, NaN), and the share of waiting."""
+def _job_steps(home: Home, ledger: Ledger, run_id: str, *, epochs: int) -> tuple[tuple[Group, ...], list[float], float]:
+    """Return the groups of all epochs of a run in its order, seconds from report to report (of the first, NaN), and the share of waiting."""
     with ledger.read() as session:
         snapshot_id = session.get_one(RunRow, run_id).snapshot_id
         found = sa.select(RunStepRow).where(RunStepRow.run_id == run_id).order_by(RunStepRow.step)
         rows = session.scalars(found).all()
     snapshot = home.artifact("training", str(snapshot_id))
     groups = read_groups(snapshot, Split.TRAIN)
-    files = epoch_files(train_files(snapshot), seed=0, epoch=0)
-    read = (groups[file.first + i] for file in files for i in range(len(file.judgements)))
-    order = tuple(epoch_stream(read, files, seed=0, epoch=0, window=SHUFFLE_WINDOW))
+    order: list[Group] = []
+    for epoch in range(epochs):
+        files = epoch_files(train_files(snapshot), seed=0, epoch=epoch)
+        read = (groups[file.first + i] for file in files for i in range(len(file.judgements)))
+        order += epoch_stream(read, files, seed=0, epoch=epoch, window=SHUFFLE_WINDOW)
     seconds = [(after.created_at - before.created_at).total_seconds() for before, after in itertools.pairwise(rows)]
     waited, worked = (sum(row.metrics[key] for row in rows[2:-1]) for key in ("wait_seconds", "seconds"))
-    return order, [math.nan, *seconds], waited / (waited + worked)
+    return tuple(order), [math.nan, *seconds], waited / (waited + worked)
 
 
 def _clean(home: Home, ledger: Ledger, runs: Sequence[str]) -> None:

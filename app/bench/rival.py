@@ -106,7 +106,7 @@ def pinned_trainer(
         lr_scheduler_type="constant",
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
-        num_train_epochs=1,
+        num_train_epochs=section.epochs,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -52,6 +52,8 @@ class Work:
     """Token budget of our forward."""
     learning_rate: float
     threads: int
+    epochs: int
+    """Passes over the groups, each in the same order."""
 
     @property
     def pairs(self) -> int:

@@ -59,7 +59,7 @@ def work(home, model_id, tiny_model):
         Group(f"g{i}", f"c{i}", "train", draw(3 + i % 7), (draw(2 + i % 5), draw(2 + i % 3)), (Preference(0, 1, 1.0, f"p{i}", "x"),))
         for i in range(12)
     )  # fmt: skip
-    return Work(home.uri, str(tiny_model), model_id, groups, "full", "float32", 64, 4, 32, 1e-3, threads=1)
+    return Work(home.uri, str(tiny_model), model_id, groups, "full", "float32", 64, 4, 32, 1e-3, threads=1, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,18 @@ def test_the_timed_runs_of_both_trainers_take_the_same_steps(work, adapter, refe
     for wrong in ({"losses": (float("nan"),) * 3}, {"logps": (1.0, 1.0, 1.0)}, {"step_tokens": (1, 1, 1)}):
         with pytest.raises(TrainingError, match="did not do the same work"):
             _check_steps(replace(ours, **wrong), theirs, dtype="float32")
+
+
+@pytest.mark.parametrize("reference", ["online", "cached"])
+def test_both_trainers_pass_over_the_rows_as_often_as_they_are_told(work, reference):
+    once, twice = (run_ours(replace(work, epochs=n), replace(ONLINE, reference=reference)) for n in (1, 2))
+    theirs = run_trl(replace(work, epochs=2), replace(TRL, reference=reference))
+    assert twice.losses[:3] == once.losses
+    assert twice.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert len(theirs.step_seconds) == len(twice.step_seconds) == 6
+    assert twice.step_tokens == theirs.step_tokens == once.step_tokens * 2
+    assert twice.computed_tokens == 2 * once.computed_tokens
+    _check_steps(twice, theirs, dtype="float32")
 
 
 def test_trl_goes_by_length_where_it_is_told_to(work):
@@ -166,6 +178,11 @@ def test_operations_are_counted_by_hand(home, model_id, work):
     assert (
         recomputed == operations(shape, one, ONLINE, none, compact=False) + 2 * shape.backbone * 7 + 4 * 64 * attended
     )
+    # Twice the steps, and twice the reference where it is asked in each of them.
+    forward = 2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended
+    twice = replace(one, epochs=2)
+    assert operations(shape, twice, ONLINE, none, compact=False) == 8 * forward
+    assert operations(shape, twice, replace(ONLINE, reference="cached"), none, compact=False) == 7 * forward
     padded = replace(none, shapes=((2, 5),))
     counted = 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
     assert operations(shape, one, TRL, padded, compact=False) == counted
@@ -486,13 +503,19 @@ def test_the_trainer_is_compared_with_trl_from_snapshot_to_model(home, data, tin
     expect = ["online=1000", "cached=0.0001", "data wait=1", "ray overhead=-1"]
     # Two rounds end in one model: their weights are the same.
     found = bench_train(
-        home, settings_of(data, tiny_model, rounds=2), expect=expect, targets=None, say=print, tell=told.append
+        home,
+        settings_of(data, tiny_model, rounds=2, epochs=2),
+        expect=expect,
+        targets=None,
+        say=print,
+        tell=told.append,
     )
     assert found.missed == ["ray overhead", "online"]
     assert any(line.startswith("headline: 32 pairs") for line in told)
     ratios = found.tree["works"]["pairs"]["ratios"]
     assert set(ratios) == {*RATIOS["online"], *RATIOS["cached"]}
     assert {len(ratio["rounds"]) for ratio in ratios.values()} == {2}
+    assert {len(m["losses"]) for arm in found.tree["works"]["pairs"]["measured"].values() for m in arm} == {8}
     assert found.tree["headline"]["data_wait"]["value"] < 1
     assert json.loads(json.dumps(found.tree)) is not None
 
