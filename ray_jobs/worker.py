@@ -7,6 +7,7 @@ train function of `__main__` does not pickle.
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import deque
@@ -413,16 +414,18 @@ def _dtype(section: TrainSection) -> str:
 def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group], *, dtype: str) -> dict[str, float]:
     """Let the policy answer a few prompts greedily: one that forgets to stop or repeats itself is seen while it trains.
 
-    The first worker does this alone; the others wait at their next step. Prompts that leave no room are passed over.
+    The first worker does this alone; the others wait at their next step. A prompt that leaves less room than an answer may
+    take is asked where too few leave more.
     """
-    window = context_window(start.model)
+    window = context_window(start.model) or sys.maxsize
+
+    def room(group: Group) -> int:
+        return min(_CANARY_TOKENS, window - len(group.prompt_ids))
+
     requests = [
-        GenerationRequest(group.prompt_ids, temperature=0.0, top_p=1.0, max_tokens=_CANARY_TOKENS)
-        for group in groups
-        if window is None or len(group.prompt_ids) + _CANARY_TOKENS <= window
-    ][:_CANARIES]
-    if not requests:
-        return {}
+        GenerationRequest(group.prompt_ids, temperature=0.0, top_p=1.0, max_tokens=room(group))
+        for group in sorted(groups, key=room, reverse=True)[:_CANARIES]
+    ]
     with generating(policy) as model, autocast(model.device, dtype):
         answers = generate(replace(start, model=model), requests)
     count = len(answers)

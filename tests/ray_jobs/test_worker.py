@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,15 +12,18 @@ import pytest
 
 from app.config import TrainSection
 from app.errors import DataError
+from app.generation import context_window
+from app.models import ensure_sft, load_model
 from app.schemas import TRAINING_SCHEMA, Split
 from app.storage import read_parquet
 from app.training.checkpoints import RunIdentity
 from app.training.engine import SingleWorker
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure
+from app.training.scoring import ScoringModel
 from app.training.snapshots import SHUFFLE_WINDOW, count_steps, epoch_files, to_row, train_files
 from app.training.tokenization import Group
 from ray_jobs import stream
-from ray_jobs.worker import SharedSteps, TrainTask, _to_prove, summary
+from ray_jobs.worker import SharedSteps, TrainTask, _canaries, _to_prove, summary
 from tests.training.tiny_runs import make_groups
 
 EPOCHS, BATCH_PAIRS = 3, 4
@@ -133,6 +137,19 @@ def test_the_proofs_of_a_run_see_several_groups_and_the_longest_of_all():
     assert proven(shown[:3]) == [["g10", "g20", "g15"]]
     many = Group("many", "many", "train", (1,) * 40, ((2,) * 100,) * 4, ())
     assert proven([*shown, many]) == [["g10", "g20", "g15", "g12"], ["g300"]], "its rows are shorter"
+
+
+def test_canaries_are_prompts_that_leave_room_for_an_answer_and_others_where_there_are_too_few(
+    tiny_model, home, ledger
+):
+    start = load_model(home, ensure_sft(home, ledger, str(tiny_model)).model_id, dtype="float32")
+    window = context_window(start.model)
+    short, long = ([replace(g, prompt_ids=g.prompt_ids[:1] * n) for g in make_groups(7)] for n in (5, window - 3))
+    # A model of random weights goes on until its limit.
+    tokens = lambda groups: _canaries(ScoringModel(start.model), start, groups, dtype="float32")["canary_tokens"]  # noqa: E731
+    assert tokens(long) == 3
+    assert tokens([*long, *short]) == (7 * 128 + 3) / 8
+    assert tokens([*long, *short, *short]) == 128
 
 
 def test_held_out_rows_that_are_no_number_are_in_no_mean():
