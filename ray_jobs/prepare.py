@@ -32,8 +32,8 @@ from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import PackedBatch
-from app.training.judgements import distinct, divide, for_unit, with_strangers
-from app.training.objectives import Objective, load_objective
+from app.training.judgements import distinct, divide, for_unit, in_rows, with_strangers
+from app.training.objectives import Objective, load_objective, require_rows_alone
 from app.training.policy import autocast
 from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, no_effect, unpackable, with_reference_logps
 from app.training.snapshots import (
@@ -80,10 +80,14 @@ def prepare(
 
     Raises:
         ModelError: the attention of the recipe has no effect on this model, whose answers share no prompt.
-        RecipeError: the recipe says something of a reference, and its objective has none.
+        RecipeError: the recipe says something of a reference, and its objective has none; or that gives no loss, or one
+            that depends on other rows.
         DataError: no row can train, a row is too long and the recipe refuses that, or rows may be longer than the model's
             context.
     """
+    objective = load_objective(recipe.train.objective, recipe.train.options)
+    require_rows_alone(objective)
+    require_reference_in_use(recipe, objective)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)
     loaded = load_architecture(home, start.model_id)
@@ -109,8 +113,6 @@ def prepare(
         max_length=recipe.prepare.max_length,
         too_long=recipe.prepare.too_long,
     )
-    objective = load_objective(recipe.train.objective, recipe.train.options)
-    require_reference_in_use(recipe, objective)
     groups, left_out = for_unit(groups, objective.unit)
     if left_out:
         # Scoring what the objective learns nothing from costs as much as the rest.
@@ -119,6 +121,8 @@ def prepare(
         reasons = ", ".join(f"{n} {reason}" for reason, n in audit.dropped.items()) or "the snapshot is empty"
         msg = f"no row of pair snapshot `{pair_snapshot_id}` can train: {reasons}"
         raise DataError(msg)
+    # As many answers as the pairs of a prompt may have.
+    groups = in_rows(groups, answers=2 * recipe.pairs.max_pairs_per_prompt)
     ordered = global_order(groups, recipe.prepare.seed)
     if "kl" in objective.needs:
         ordered = with_strangers(ordered, max_length=recipe.prepare.max_length, seed=recipe.prepare.seed)

@@ -37,12 +37,42 @@ def for_unit(groups: Sequence[Group], unit: Unit) -> tuple[list[Group], int]:
     ], left_out
 
 
+def in_rows(groups: Sequence[Group], *, answers: int) -> list[Group]:
+    """Divide groups with more than so many lone answers, whose losses do not depend on one another; pairs stay together.
+
+    A popular prompt may have hundreds of judged answers, and a group is one row of a forward, whatever memory there is.
+    """
+    return [row for group in groups for row in _in_rows(group, answers)]
+
+
+def _in_rows(group: Group, answers: int) -> list[Group]:
+    paired = {i for p in group.pairs for i in (p.chosen, p.rejected)}
+    lone = [i for i in range(len(group.responses)) if i not in paired]
+    rows = [lone[start : start + answers] for start in range(0, len(lone), answers)]
+    if paired:
+        rows.insert(0, sorted(paired))
+    if len(rows) < 2:
+        return [group]
+    return [
+        _cut(
+            replace(
+                group,
+                group_id=f"{group.group_id}-{number}",
+                pairs=tuple(p for p in group.pairs if p.chosen in row),
+                labels=tuple(label for label in group.labels if label.response in row),
+            ),
+            row,
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
 def with_strangers(groups: Sequence[Group], *, max_length: int, seed: int) -> list[Group]:
     """Give every labelled answer of the train split a partner: another prompt's answer, to this prompt.
 
     The partners are one derangement of all labelled answers of the split: each of them is used once, none with its own
     prompt (https://arxiv.org/abs/2402.01306, section 4.2: the KL is estimated on mismatched pairs). They are cut to
-    `max_length` tokens with the prompt. A split whose labels all belong to one prompt has none.
+    `max_length` tokens with the prompt. Where one prompt has more than half of the labels some of its labels have none.
 
     Args:
         groups: groups with labels.
@@ -52,8 +82,11 @@ def with_strangers(groups: Sequence[Group], *, max_length: int, seed: int) -> li
     train = [g for g in groups if g.split == Split.TRAIN]
     slots = [index for index, group in enumerate(train) for _ in group.labels]
     answers = [group.responses[label.response] for group in train for label in group.labels]
+    # A prompt may have several rows.
+    first: dict[tuple[int, ...], int] = {}
+    prompts = [first.setdefault(train[slot].prompt_ids, slot) for slot in slots]
     partners: dict[str, list[tuple[int, ...]]] = {}
-    for slot, answer in zip(slots, _deranged(slots, answers, seed), strict=True):
+    for slot, answer in zip(slots, _deranged(prompts, answers, seed), strict=True):
         if answer is not None:
             room = max(1, max_length - len(train[slot].prompt_ids))
             partners.setdefault(train[slot].group_id, []).append(answer[:room])
@@ -120,15 +153,15 @@ def _cut(group: Group, kept: Sequence[int]) -> Group:
     )
 
 
-def _deranged(slots: Sequence[int], answers: Sequence[tuple[int, ...]], seed: int) -> list[tuple[int, ...] | None]:
-    """Give slot i the answer of a slot of another group; a permutation wherever no group owns more than half."""
-    order = list(range(len(slots)))
+def _deranged(prompts: Sequence[int], answers: Sequence[tuple[int, ...]], seed: int) -> list[tuple[int, ...] | None]:
+    """Give slot i the answer of a slot of another prompt; a permutation wherever no prompt owns more than half."""
+    order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)  # noqa: S311  an order, not a secret
-    # Sorted by group and rotated by the largest group's size, no slot meets its own group while that is at most half.
-    order.sort(key=lambda i: slots[i])
-    largest = max(Counter(slots).values(), default=0)
-    partners: list[tuple[int, ...] | None] = [None] * len(slots)
+    # Sorted by prompt and rotated by what the largest owns, no slot meets its own prompt while that is at most half.
+    order.sort(key=lambda i: prompts[i])
+    largest = max(Counter(prompts).values(), default=0)
+    partners: list[tuple[int, ...] | None] = [None] * len(prompts)
     for position, slot in enumerate(order):
         other = order[(position + largest) % len(order)]
-        partners[slot] = answers[other] if slots[other] != slots[slot] else None
+        partners[slot] = answers[other] if prompts[other] != prompts[slot] else None
     return partners

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import RecipeError
-from app.training.judgements import balanced, distinct, divide, for_unit, with_strangers
+from app.training.judgements import balanced, distinct, divide, for_unit, in_rows, with_strangers
 from app.training.objectives import load_objective
 from app.training.tokenization import Group, Label, Preference
 
@@ -96,6 +96,36 @@ def test_strangers_are_a_derangement_of_all_labelled_answers(sizes, seed):
     if max(sizes) * 2 <= sum(sizes):
         assert Counter(strangers) == answers
     assert not Counter(strangers) - answers
+
+
+def test_a_prompt_of_many_lone_answers_becomes_rows_whose_judgements_are_all_there_once():
+    many = group("1", 11, labels=[label(k, k % 2 == 0) for k in range(11)] + [label(0, False)])
+    rows = in_rows([many, LONE], answers=4)
+    assert [len(row.responses) for row in rows] == [4, 4, 3, 2]
+    assert rows[3] == LONE
+    assert len({row.group_id for row in rows}) == 4
+    judged = Counter((row.responses[x.response], x.label, x.pair_id) for row in rows[:3] for x in row.labels)
+    assert judged == Counter((many.responses[x.response], x.label, x.pair_id) for x in many.labels)
+    assert [row.reference_logps for row in rows[:3]] == [many.reference_logps[i : i + 4] for i in (0, 4, 8)]
+
+
+def test_pairs_that_are_measured_stay_in_one_row():
+    held_out = group("1", 5, pairs=[pair(4, 1)], labels=[label(k, True) for k in range(5)], split="held_out")
+    paired, *lone = in_rows([held_out], answers=2)
+    assert paired.pairs == (Preference(1, 0, 1.0, "4>1", "import"),)
+    assert paired.responses == (held_out.responses[1], held_out.responses[4])
+    assert [(len(row.responses), row.pairs) for row in lone] == [(2, ()), (1, ())]
+
+
+@given(sizes=SIZES, seed=st.integers(0, 5))
+def test_no_row_of_a_prompt_meets_an_answer_of_another_row_of_it(sizes, seed):
+    groups = [group(str(i), n, labels=[label(k, True) for k in range(n)], scored=False) for i, n in enumerate(sizes)]
+    found = with_strangers(in_rows(groups, answers=2), max_length=99, seed=seed)
+    for row in found:
+        own, others = divide(row)
+        mine = groups[int(row.group_id.split("-")[0])].responses
+        assert set(own.responses) <= set(mine)
+        assert not set(others.responses if others else ()) & set(mine)
 
 
 def test_a_stranger_is_cut_to_the_window_and_held_out_groups_get_none():
