@@ -25,26 +25,17 @@ from pydantic import (
 
 from app.errors import RecipeError
 
-_MOVED = {
-    **{f"train.{key}": f"train.options.{key}" for key in ("beta", "label_smoothing", "sft_weight", "length_weight")},
-    **{
-        f"evaluate.gate.{key}": f"evaluate.gate.rules.{rule}.threshold"
-        for key, rule in {
-            "min_prompts": "judged_prompts",
-            "win_rate_over_champion": "win_rate_champion",
-            "win_rate_over_sft": "win_rate_sft",
-            "reward_accuracy_over": "reward_accuracy",
-            "length_ratio_min": "length_ratio_min",
-            "length_ratio_max": "length_ratio_max",
-            "golden_pass_rate": "golden_pass_rate",
-            "repetition_rise_max": "repetition",
-            "perplexity_ratio_max": "perplexity",
-            "distinct_ratio_min": "distinct",
-            "relevance_ratio_min": "relevance",
-            "finished_drop_max": "finished",
-        }.items()
-    },
-}
+SAME_STEPS = (
+    "prepare.reuse_scores",
+    "train.activation_checkpointing",
+    "train.canary_every",
+    "train.checkpoint_every",
+    "train.held_out_every",
+    "train.micro_batch_tokens",
+    "train.offload",
+    "train.sharding",
+)
+"""What of a recipe may change while a run goes on: its steps are the same ones, but for rounding."""
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -749,14 +740,31 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(msg) from None
 
 
+def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe (plain values) by name, such as `train.seed`, without those of `SAME_STEPS`."""
+    return {name: value for name, value in _flat(tree).items() if name not in SAME_STEPS}
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings in which two recipes differ; those of `SAME_STEPS` do not count."""
+    before, after = deciding(old), deciding(new)
+    return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+    return found
+
+
 def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     location = [str(part) for part in fault["loc"]]
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], tree)
-        if place in _MOVED:
-            turned = ", with the other sign" if place == "evaluate.gate.finished_drop_max" else ""
-            return f"`{place}`: it is `{_MOVED[place]}` now{turned}"
+        if location[:-1] == ["train"] and location[-1] in _options_of(tree).model_fields:
+            return f"`{place}`: unknown key; it is `train.options.{location[-1]}`"
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known) or 'none'}"
         return f"`{place}`: unknown key{hint}"
@@ -766,11 +774,15 @@ def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     return f"`{place}`: {message}{shown}"
 
 
+def _options_of(tree: Mapping[str, Any]) -> type[Section]:
+    return OBJECTIVE_OPTIONS.get(tree["train"].get("objective", "dpo"), Section)
+
+
 def _known_keys(sections: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
     node: type[BaseModel] = Recipe
     for section in sections:
         if (node, section) == (TrainSection, "options"):
-            node = OBJECTIVE_OPTIONS[tree["train"].get("objective", "dpo")]
+            node = _options_of(tree)
             continue
         annotation = node.model_fields[section].annotation if section in node.model_fields else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]

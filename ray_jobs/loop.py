@@ -23,7 +23,7 @@ from typing import Any
 import sqlalchemy as sa
 from rich.console import Console
 
-from app.config import Recipe
+from app.config import Recipe, differing
 from app.demo.audience import run_audience
 from app.demo.traffic import Traffic
 from app.errors import (
@@ -79,13 +79,13 @@ class LoopRun:
             rows = session.scalars(sa.select(RunRow).where(RunRow.kind == "loop").order_by(RunRow.created_at.desc()))
             last, abandons = next((row for row in rows if row.recipe["name"] == recipe.name), None), ""
             if last is not None and last.status in ("running", "stopped"):
-                differing = _differing(last.recipe, tree)
-                if not differing:
+                changed = [name for name in differing(last.recipe, tree) if not name.startswith(_ANYWHERE)]
+                if not changed:
                     last.recipe, last.attempt = tree, last.attempt + 1
                     last.status, last.updated_at, last.error = "running", now(), None
                     return cls(ledger, last.run_id)
                 last.status, last.updated_at = "abandoned", now()
-                last.error = f"the recipe has another {', '.join(differing)} now"
+                last.error = f"the recipe has another {', '.join(changed)} now"
                 abandons = f"round {last.run_id} is abandoned, with what it trained: {last.error}"
             run_id = f"{recipe.name}-loop-{uuid.uuid4().hex[:8]}"
             row = RunRow(
@@ -146,22 +146,8 @@ class LoopRun:
             row.updated_at = now()
 
 
-_ANYWHERE = ("workers.", "track.", "train.sharding", "train.offload")
-"""What of a recipe may change while a round goes on: where and in how many parts it runs."""
-
-
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the settings, such as `train.seed`, in which a recipe is another one."""
-    flat_old, flat_new = _flat(old), _flat(new)
-    names = sorted(n for n in flat_old.keys() | flat_new.keys() if flat_old.get(n) != flat_new.get(n))
-    return [name for name in names if not name.startswith(_ANYWHERE)]
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
-    return found
+_ANYWHERE = ("workers.", "track.")
+"""What of a recipe may change while a round goes on, with `SAME_STEPS`: where it runs, and who is told."""
 
 
 def run_loop(session: Session, console: Console) -> int:

@@ -24,7 +24,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from app.config import Recipe, TrainSection, TunedBy, unusual_options, unusual_rate, usual_learning_rate
+from app.config import (
+    Recipe,
+    TrainSection,
+    TunedBy,
+    deciding,
+    differing,
+    unusual_options,
+    unusual_rate,
+    usual_learning_rate,
+)
 from app.errors import (
     DataError,
     OutOfMemory,
@@ -51,7 +60,7 @@ from app.storage import Artifact, Home, arrow_filesystem, remove_if_allowed
 from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import Unit, balanced, distinct
-from app.training.objectives import load_objective
+from app.training.objectives import Objective, load_objective, require_rows_alone
 from app.training.scoring import alike_up_to, unpackable
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
@@ -87,9 +96,9 @@ _FEWEST_STEPS = 32
 
 _HALVINGS = 2
 """How often the token budget of a micro-batch is halved where memory does not hold it."""
-_MORE_ROOM = "\n\nHint: a prompt with its answers is never divided: set train.activation_checkpointing, lower prepare.max_length, or take fewer pairs.max_pairs_per_prompt."
-_HALVED = "micro_batch_tokens"
-"""Of the metrics of a run: what memory held, for the attempts that follow."""
+_MORE_ROOM = "\n\nHint: the pairs of a prompt are never divided: set train.activation_checkpointing, lower prepare.max_length, or take fewer pairs.max_pairs_per_prompt."
+_HALVED, _SOURCE = "micro_batch_tokens", "objective_source"
+"""Of the metrics of a run: what memory held, for the attempts that follow, and what the objective was made of."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +158,12 @@ def _train(
     snapshot = home.artifact("training", training_snapshot_id)
     held_out = int(snapshot.verify()["splits"][Split.HELD_OUT.value]["rows"])
     files = tuple(train_files(snapshot))
-    counts = _check_snapshot(home, snapshot, recipe, start, reference)
+    objective = load_objective(recipe.train.objective, recipe.train.options)
+    require_rows_alone(objective)
+    require_reference_in_use(recipe, objective)
+    counts = _check_snapshot(home, snapshot, recipe, objective, start, reference)
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
     weights = {side: counts.get(f"{side}_weight", 0.0) for side in ("liked", "disliked")}
-    objective = load_objective(recipe.train.objective, recipe.train.options)
-    require_reference_in_use(recipe, objective)
     options = balanced({**recipe.train.options, **objective.open_weights}, **weights)
     section = recipe.train.model_copy(update={"options": options})
     epochs, steps = _plan(section, files)
@@ -179,7 +189,7 @@ def _train(
             run_id,
             training_snapshot_id,
             start.digest,
-            _recipe_digest(recipe),
+            _digest(recipe.model_dump(mode="json")),
             reference.digest if objective.has_reference else "",
         ),
         start_model_id=start.model_id,
@@ -191,10 +201,10 @@ def _train(
         learning_rate=section.learning_rate or usual,
         threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
     )
-    known = _record_start(ledger, recipe, task, reference)
+    known = _record_start(ledger, recipe, task, objective, reference)
     for warning in warnings:
         ledger.audit("train", "warning", run_id, {"warning": warning})
-    if (tokens := known.get(_HALVED)) is not None:
+    if (tokens := known.get(_HALVED)) is not None and tokens < section.token_budget(recipe.workers.device):
         task = dataclasses.replace(task, section=section.model_copy(update={"micro_batch_tokens": tokens}))
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
@@ -202,7 +212,7 @@ def _train(
         # A worker would refuse them too, once it has started.
         newest_checkpoint(home, task.identity, passed={})
         _fit_in_memory(home, ledger, recipe, task, console=console)
-        result = _finish(home, ledger, recipe, task)
+        result = _finish(home, ledger, recipe, objective, task)
         follower.end((task.total_steps, tracked(result.metrics)))
         return result
     except TrainingFailedError as error:
@@ -284,9 +294,8 @@ def _note(metrics: dict[str, Any]) -> str:
 
 
 def _check_snapshot(
-    home: Home, snapshot: Artifact, recipe: Recipe, start: ModelRow, reference: ModelRow
+    home: Home, snapshot: Artifact, recipe: Recipe, objective: Objective, start: ModelRow, reference: ModelRow
 ) -> dict[str, float]:
-    objective = load_objective(recipe.train.objective, recipe.train.options)
     precomputed = objective.has_reference and recipe.train.reference == "precomputed"
     manifest = check_binding(
         snapshot,
@@ -407,7 +416,7 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
         raise outcome[0]
 
 
-def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> TrainResult:
+def _finish(home: Home, ledger: Ledger, recipe: Recipe, objective: Objective, task: TrainTask) -> TrainResult:
     run_id = task.identity.run_id
     measures = held_out_measures(home, run_id)
     if measures is None:
@@ -416,7 +425,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask) -> Trai
     snapshot = home.artifact("training", task.identity.snapshot_id)
     learning = _judge(
         measures,
-        load_objective(recipe.train.objective, recipe.train.options).unit,
+        objective.unit,
         seed=recipe.train.seed,
         sources=distinct(read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT)),
     )
@@ -485,10 +494,11 @@ def _judge(measures: Measures, unit: Unit, *, seed: int, sources: dict[str, str]
     return judge_learning(pairs, level=0.95, seed=seed, sources=sources) if pairs else None
 
 
-def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: ModelRow) -> dict[str, Any]:
+def _record_start(
+    ledger: Ledger, recipe: Recipe, task: TrainTask, objective: Objective, reference: ModelRow
+) -> dict[str, Any]:
     """Note that a run begins or goes on; return what attempts before this one found out."""
     identity = task.identity
-    has_reference = load_objective(recipe.train.objective, recipe.train.options).has_reference
     with ledger.write() as session:
         row = session.get(RunRow, identity.run_id)
         if row is None:
@@ -498,8 +508,8 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
                 recipe=recipe.model_dump(mode="json"),
                 snapshot_id=identity.snapshot_id,
                 start_model_id=task.start_model_id,
-                reference_model_id=reference.model_id if has_reference else None,
-                metrics={"total_steps": task.total_steps},
+                reference_model_id=reference.model_id if objective.has_reference else None,
+                metrics={"total_steps": task.total_steps, **_own_source(objective)},
                 attempt=0,
                 code_version=code_version(),
                 created_at=now(),
@@ -507,10 +517,8 @@ def _record_start(ledger: Ledger, recipe: Recipe, task: TrainTask, reference: Mo
                 status="running",
             )
             session.add(row)
-        elif (row.snapshot_id, _recipe_digest_of(row.recipe)) != (identity.snapshot_id, identity.recipe_digest) or (
-            has_reference and row.reference_model_id != reference.model_id
-        ):
-            msg = f"run `{identity.run_id}` exists with another snapshot, reference or recipe\n\nHint: choose another --run, or leave it out."
+        elif changed := _changed(row, recipe, task, reference, objective):
+            msg = f"run `{identity.run_id}` exists with another {', '.join(changed)}\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)
         row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
         return dict(row.metrics)
@@ -538,15 +546,30 @@ def _record_end(
         row.output_model_id = output_model_id or row.output_model_id
 
 
-def _recipe_digest(recipe: Recipe) -> str:
-    return _recipe_digest_of(recipe.model_dump(mode="json"))
+def _changed(row: RunRow, recipe: Recipe, task: TrainTask, reference: ModelRow, objective: Objective) -> list[str]:
+    """Return what is another one than when the run began, of all that its steps depend on."""
+    ids = {
+        "snapshot": (row.snapshot_id, task.identity.snapshot_id),
+        "reference": (row.reference_model_id, reference.model_id if objective.has_reference else None),
+    }
+    named = [f"{what} (`{before}`, now `{after}`)" for what, (before, after) in ids.items() if before != after]
+    if row.metrics.get(_SOURCE) != _own_source(objective).get(_SOURCE):
+        named.append(f"source of `{objective.name}`")
+    return [*named, *differing(_numbers(row.recipe), _numbers(recipe.model_dump(mode="json")))]
 
 
-def _recipe_digest_of(tree: dict[str, Any]) -> str:
-    # What the numbers of a run depend on; a run may move to other machines or be evaluated otherwise.
-    kept = {key: tree[key] for key in ("model", "prepare", "train")}
-    kept["train"] = {key: value for key, value in kept["train"].items() if key not in ("sharding", "offload")}
-    return content_hash(kept)
+def _own_source(objective: Objective) -> dict[str, str]:
+    """Return the digest of an objective of one's own, for the metrics of a run."""
+    return {_SOURCE: content_hash(objective.source)} if objective.source else {}
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return content_hash(deciding(_numbers(tree)))
+
+
+def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return what the numbers of a run depend on; it may move to other machines, or be evaluated otherwise."""
+    return {key: tree[key] for key in ("model", "prepare", "train")}
 
 
 def _cause(error: TrainingFailedError) -> str:

@@ -35,7 +35,7 @@ from app.training.checkpoints import Checkpoints, RunIdentity
 from app.training.engine import Engine, Replicated, Row, SingleWorker, Workers
 from app.training.held_out import AnswerMeasure, Measures, PairMeasure, measure, measure_exported, with_start
 from app.training.loop import optimise
-from app.training.objectives import Objective, load_objective, require_rows_alone
+from app.training.objectives import Objective, load_objective
 from app.training.policy import Reference, adapter_off, autocast, build_policy, frozen, merged, precomputed
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, causal_model, generating, own_attention
@@ -173,7 +173,6 @@ def _train(task: TrainTask) -> None:
         sharding = _Whole(task, device, SingleWorker())
     workers = sharding.workers
     objective = load_objective(section.objective, section.options)
-    require_rows_alone(objective)
     start = sharding.load(task.start_model_id, _dtype(section))
     policy = sharding.policy(start, agreement="agreement" in objective.needs)
     engine = sharding.engine(policy)

@@ -24,7 +24,7 @@ import importlib
 import inspect
 import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -86,6 +86,16 @@ class Objective:
     def open_weights(self) -> dict[str, None]:
         """The weights that are to be balanced."""
         return {name: None for name, value in self.options.items() if name in BALANCED and value is None}
+
+    @property
+    def source(self) -> str:
+        """The source of a function of one's own; empty for one that ships, and where there is none to be read."""
+        if self.function.__module__ == __name__:
+            return ""
+        try:
+            return inspect.getsource(self.function)
+        except (OSError, TypeError):
+            return ""
 
     @property
     def has_reference(self) -> bool:
@@ -155,11 +165,12 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
 
 
 def require_rows_alone(objective: Objective) -> None:
-    """Compare the losses of made-up rows with those of either half of them.
+    """Compare the losses of made-up rows with those of either half of them; weights that are to be balanced are 1.
 
     Raises:
-        RecipeError: a row's loss depends on the rows beside it, and so on token budget and workers.
+        RecipeError: a row's loss depends on the rows beside it, and so on token budget and workers; or there is none.
     """
+    objective = replace(objective, options={**objective.options, **dict.fromkeys(objective.open_weights, 1.0)})
     rows = 16
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(2, 5, (rows,), generator=generator)
@@ -182,8 +193,15 @@ def require_rows_alone(objective: Objective) -> None:
         )
         return objective(scored).losses
 
-    together = losses(0, rows)
-    halves = torch.cat([losses(0, rows // 2), losses(rows // 2, rows)])
+    try:
+        together = losses(0, rows)
+        halves = torch.cat([losses(0, rows // 2), losses(rows // 2, rows)])
+    except RecipeError:
+        raise
+    except Exception as error:  # a function of the user's may raise anything
+        shown = ", ".join(f"{name}={value!r}" for name, value in objective.options.items())
+        msg = f"objective `{objective.name}` gives made-up rows no loss, with the options {shown or '(none)'}: {type(error).__name__}: {error}"
+        raise RecipeError(msg) from error
     if not torch.allclose(together, halves, rtol=1e-4, atol=1e-6, equal_nan=True):
         worst = int((together - halves).abs().argmax())
         msg = f"objective `{objective.name}` gives a row another loss where other rows are beside it ({float(together[worst]):.6g} instead of {float(halves[worst]):.6g}), so its loss would depend on token budget and workers\n\nHint: make it of this row, `mean_tokens` and `kl` alone."

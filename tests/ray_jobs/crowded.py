@@ -9,8 +9,8 @@ from torch import Tensor
 
 from app.training.objectives import Losses, dpo
 
-_CALLS = 15
-"""Three calls without a step, and micro-batches before the disk is full: some steps, and a checkpoint."""
+_CALLS = 12
+"""Micro-batches before the disk is full: some steps, and a checkpoint."""
 _calls = itertools.count(1)
 
 
@@ -26,7 +26,7 @@ def crowded(
     marker: str,
 ) -> Losses:
     """Score as `dpo` does; the first rank's temporary files go to the small `disk` later on, unless the marker is there."""
-    if next(_calls) == _CALLS and dist.get_rank() == 0 and not Path(marker).exists():
+    if policy_logps.requires_grad and next(_calls) == _CALLS and dist.get_rank() == 0 and not Path(marker).exists():
         Path(marker).touch()
         tempfile.tempdir = disk
     return dpo(policy_logps, reference_logps, chosen, rejected, token_counts, mean_tokens)

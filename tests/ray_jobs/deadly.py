@@ -45,8 +45,8 @@ def deadly(
     point: str,
     marker: str,
 ) -> Losses:
-    """Score as `dpo` does; the first call arms the process."""
-    if not _armed:
+    """Score as `dpo` does; the first call of a step arms the process."""
+    if policy_logps.requires_grad and not _armed:
         _armed.append(point)
         *call, rank = POINTS[point]
         if dist.get_rank() == rank:
@@ -87,10 +87,10 @@ def stuck(
     *,
     marker: str,
 ) -> Losses:
-    """Score as `dpo` does; the second worker goes to sleep for good in its eighth call, the fifth of its steps, once in a run."""
-    if dist.get_rank() == 1:
+    """Score as `dpo` does; the second worker goes to sleep for good in the fifth of its steps, once in a run."""
+    if policy_logps.requires_grad and dist.get_rank() == 1:
         _armed.append("")
-        if len(_armed) == 8 and not Path(marker).exists():
+        if len(_armed) == 5 and not Path(marker).exists():
             Path(marker).touch()
             time.sleep(3600)
     return dpo(policy_logps, reference_logps, chosen, rejected, token_counts, mean_tokens)

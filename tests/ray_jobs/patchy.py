@@ -20,6 +20,8 @@ def patchy(
     *,
     call: int,
 ) -> Losses:
-    """Score as `dpo` does; the losses of the `call`-th call are no numbers, in each process."""
+    """Score as `dpo` does; the losses of the `call`-th call of a step are no numbers, in each worker."""
     found = dpo(policy_logps, reference_logps, chosen, rejected, token_counts, mean_tokens)
-    return Losses(found.losses * math.nan, found.rewards) if next(_calls) == call else found
+    return (
+        Losses(found.losses * math.nan, found.rewards) if policy_logps.requires_grad and next(_calls) == call else found
+    )

@@ -70,7 +70,8 @@ def test_another_recipe_abandons_an_interrupted_round(ledger):
 def test_an_interrupted_round_goes_on_with_other_workers(ledger):
     run = LoopRun.open(ledger, recipe(workers={"workers": 2}))
     run.end("stopped", error="machines were lost")
-    other = {"workers": {"workers": 1, "max_failures": 9}, "train": {"sharding": "zero3"}}
+    more_room = {"micro_batch_tokens": 64, "activation_checkpointing": True}
+    other = {"workers": {"workers": 1, "max_failures": 9}, "train": {"sharding": "zero3", **more_room}}
     again = LoopRun.open(ledger, recipe(**other))
     assert (again.run_id, again.abandons) == (run.run_id, "")
     with ledger.read() as session:

@@ -257,7 +257,7 @@ def test_a_run_whose_worker_is_killed_ends_with_the_bits_of_an_unbroken_one(unbr
 def test_a_step_without_an_update_is_told_where_it_happens_and_counted_at_the_end(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
     recipe = recipe_for(
-        sft, objective="tests.ray_jobs.patchy:patchy", options={"call": 5}, max_steps=3, micro_batch_tokens=4096
+        sft, objective="tests.ray_jobs.patchy:patchy", options={"call": 2}, max_steps=3, micro_batch_tokens=4096
     )
     recipe = recipe.model_copy(update={"workers": recipe.workers.model_copy(update={"workers": 1})})
     shown = io.StringIO()
@@ -398,7 +398,7 @@ def test_reference_columns_of_another_compute_type_are_refused(cluster, stage):
 
 def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
-    with pytest.raises(TrainingError, match="exists with another snapshot, reference or recipe"):
+    with pytest.raises(TrainingError, match="`unbroken` exists with another train.options.beta\n"):
         train(home, ledger, recipe_for(sft, options={"beta": 0.2}), snapshot_id, run_id="unbroken")
 
 

@@ -193,6 +193,10 @@ def adrift(policy_logps, chosen, rejected, kl) -> Losses:
     raise NotImplementedError
 
 
+def unwritten(policy_logps, chosen, rejected) -> Losses:
+    raise NotImplementedError
+
+
 def half(policy_logps, chosen) -> Losses:
     raise NotImplementedError
 
@@ -214,6 +218,22 @@ def test_a_function_whose_loss_of_a_row_depends_on_other_rows_is_refused(functio
         RecipeError, match=f"{function.__name__}` gives a row another loss where other rows are beside it"
     ):
         require_rows_alone(load_objective(f"{__name__}:{function.__name__}", {}))
+
+
+def test_a_function_that_gives_no_loss_is_refused_with_its_options_before_anything_is_scored():
+    with pytest.raises(RecipeError, match=r"gives made-up rows no loss, with the options pull='5e-2': TypeError: "):
+        require_rows_alone(load_objective(f"{__name__}:own", {"pull": "5e-2"}))
+    with pytest.raises(RecipeError, match=r"with the options \(none\): NotImplementedError"):
+        require_rows_alone(load_objective(f"{__name__}:unwritten", {}))
+
+
+def test_weights_that_are_to_be_balanced_are_tried_as_one():
+    require_rows_alone(load_objective("app.training.objectives:kto", {"beta": 0.1}))
+
+
+def test_only_a_function_of_ones_own_has_a_source():
+    assert shipped("dpo").source == ""
+    assert load_objective(f"{__name__}:own", {"pull": 2.0}).source.startswith("def own(")
 
 
 @pytest.mark.parametrize(
