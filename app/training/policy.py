@@ -14,6 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from app.config import TrainSection
@@ -39,7 +41,7 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
     if section.adapter == "full":
         model = start.model.requires_grad_(requires_grad=True)
         if section.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute(model)
         return ScoringModel(model, agreement=agreement, backend=section.attention)
     config = LoraConfig(
         r=section.lora.r,
@@ -73,8 +75,34 @@ def build_policy(start: LoadedModel, section: TrainSection, *, agreement: bool =
             module.cast_input_dtype_enabled = False
     if section.activation_checkpointing:
         adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute(adapted)
     return ScoringModel(adapted, agreement=agreement, backend=section.attention)
+
+
+def _recompute(model: PreTrainedModel | PeftModel) -> None:
+    """Keep no activations of its layers for backward.
+
+    A layer does so while it is in training mode, in which some (OPT's, BioGPT's) also drop out at random; within their
+    forward they are in the mode of the whole model, see `without_noise`.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._gradient_checkpointing_func = _in_mode_of(model, layer, layer._gradient_checkpointing_func)  # noqa: SLF001  no other door
+
+
+def _in_mode_of(model: torch.nn.Module, layer: torch.nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(forward: Callable[..., Any], *inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            layer.training = model.training
+            try:
+                return forward(*given)
+            finally:
+                layer.training = True
+
+        return checkpoint(run, *inputs)
+
+    return checkpointed
 
 
 def trainable(policy: ScoringModel) -> dict[str, torch.nn.Parameter]:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from app.config import OBJECTIVE_OPTIONS, LoraSection
 from app.errors import ModelError, TrainingError
@@ -152,10 +152,26 @@ def test_a_finite_loss_with_a_gradient_that_is_not_makes_no_update(start):
     assert all(torch.equal(before[name], parameter) for name, parameter in trainable(policy).items())
 
 
-def test_dropout_acts_where_answers_are_imitated_and_not_where_they_are_compared(start):
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5))
+
+
+def opt() -> PreTrainedModel:
+    """Its layers drop out by a function, in whatever mode they are themselves."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=258, num_attention_heads=4, max_position_embeddings=64, dropout=0.5, **sizes)
+    )
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("made", [gpt2, opt])
+def test_dropout_acts_where_answers_are_imitated_and_not_where_they_are_compared(start, made, recomputed):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5))
-    section = SECTION.model_copy(update={"adapter": "full", "reference": "precomputed"})
+    model = made()
+    section = SECTION.model_copy(
+        update={"adapter": "full", "reference": "precomputed", "activation_checkpointing": recomputed}
+    )
     policy = build_policy(replace(start(), model=model.eval()), section)
     assert policy.plain_because is not None
     groups = make_groups(3)
