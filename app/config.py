@@ -36,6 +36,8 @@ SAME_STEPS = (
     "train.sharding",
 )
 """What of a recipe may change while a run goes on: its steps are the same ones, but for rounding."""
+HALVINGS = 2
+"""How often in one attempt the token budget of a micro-batch is halved where memory does not hold it."""
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -310,6 +310,11 @@ def computes_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the machine or the GPU had not enough memory; PyTorch has an error of its own for the GPU's alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def device_of(gpu_ids: Sequence[object]) -> torch.device:
     """Return the device of a process that was given these GPUs: the current one, or the CPU where it was given none.
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray.data
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from app.errors import ServiceError
+from app.errors import OutOfMemory, ServiceError
 
 _NO_PROGRESS_S = 6 * 3600.0
 
@@ -35,9 +35,17 @@ def settle_ray_data(*, in_order: bool) -> None:
 
 @contextmanager
 def told_of_dead_actors(which: str, actors: int) -> Iterator[None]:
-    """Raise ServiceError, with the reason that Ray knows, where one of so many actors of Ray Data died for good."""
+    """Raise ServiceError, with the reason that Ray knows, where one of so many actors of Ray Data died for good.
+
+    And OutOfMemory where one says that: Ray Data passes on the text of an error alone.
+    """
     try:
         yield
+    except RayTaskError as error:
+        if OutOfMemory.__name__ not in error.traceback_str:
+            raise
+        msg = f"the memory of an actor {which} did not hold a quarter of train.micro_batch_tokens\n\nHint: lower prepare.max_length, take fewer pairs.max_pairs_per_prompt, or fewer workers.workers where {actors} of them share a machine; the same command goes on."
+        raise OutOfMemory(msg) from None
     except RayActorError as error:
         told = str(error).strip().splitlines()
         msg = f"an actor {which} died more than twice: {told[0] if told else 'no reason is known'}\n\nHint: was there memory for {actors} of them? Lower workers.workers, or raise workers.cpus_per_worker; the same command goes on."

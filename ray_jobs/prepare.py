@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from app.config import Recipe
-from app.errors import DataError, RecipeError
+from app.config import HALVINGS, Recipe
+from app.errors import DataError, OutOfMemory, RecipeError, said
 from app.generation import context_window
 from app.ledger import Ledger, ModelRow, SnapshotRow
-from app.models import check_descent, device_of, ensure_sft, load_architecture, load_model
+from app.models import check_descent, device_of, ensure_sft, is_out_of_memory, load_architecture, load_model
 from app.preferences.snapshots import read_pairs, resolve_snapshot
 from app.schemas import TRAINING_SCHEMA
 from app.storage import Home
@@ -279,10 +279,20 @@ class ReferenceScorer:
         self.token_budget = token_budget
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Fill in `reference_logps`."""
+        """Fill in `reference_logps`, by smaller micro-batches where memory does not hold them; raises OutOfMemory."""
         groups = groups_of_table(table)
         indices = table["row_index"].to_pylist()
-        scored = with_reference_logps(groups, self._score, token_budget=self.token_budget)
+        for _ in range(HALVINGS + 1):
+            try:
+                scored = with_reference_logps(groups, self._score, token_budget=self.token_budget)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                ran_out = said(error, 0)
+                self.token_budget //= 2
+        else:
+            raise OutOfMemory(ran_out)
         rows = [to_row(group, index) for group, index in zip(scored, indices, strict=True)]
         return pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA)
 

@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from app.config import (
+    HALVINGS,
     Recipe,
     TrainSection,
     TunedBy,
@@ -94,8 +95,6 @@ from ray_jobs.worker import (
 _FEWEST_STEPS = 32
 """Of a recipe that says neither epochs nor steps: fewer hardly move a model at rates that do not break it."""
 
-_HALVINGS = 2
-"""How often the token budget of a micro-batch is halved where memory does not hold it."""
 _MORE_ROOM = "\n\nHint: the pairs of a prompt are never divided: set train.activation_checkpointing, lower prepare.max_length, or take fewer pairs.max_pairs_per_prompt."
 _HALVED, _SOURCE = "micro_batch_tokens", "objective_source"
 """Of the metrics of a run: what memory held, for the attempts that follow, and what the objective was made of."""
@@ -348,13 +347,13 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
     Raises:
         TrainingFailedError: as `fit` does, also where half and a quarter of the tokens are too many.
     """
-    for attempt in range(_HALVINGS + 1):
+    for attempt in range(HALVINGS + 1):
         try:
             _fit(home, recipe, task)
             return
         except TrainingFailedError as error:
             refusal = getattr(error, "controller_failure", None)
-            if not isinstance(refusal, OutOfMemory) or attempt == _HALVINGS:
+            if not isinstance(refusal, OutOfMemory) or attempt == HALVINGS:
                 raise
             held = task.section.token_budget(recipe.workers.device)
             tokens = held // 2

@@ -28,7 +28,7 @@ from app.config import TrainSection
 from app.errors import DataError, ModelError, OutOfMemory, said
 from app.evaluation.suites import repeated_share
 from app.generation import GenerationRequest, context_window, generate
-from app.models import DTYPES, LoadedModel, device_of, is_no_weights, load_model
+from app.models import DTYPES, LoadedModel, device_of, is_no_weights, is_out_of_memory, load_model
 from app.schemas import FinishReason, Split
 from app.storage import Artifact, Home, remove_if_allowed, write_atomically
 from app.training.checkpoints import Checkpoints, RunIdentity
@@ -151,14 +151,9 @@ def train_worker(task: TrainTask) -> None:
     try:
         _train(task)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(said(error, 0)) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch has an error of its own for the memory of a GPU alone.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _train(task: TrainTask) -> None:

@@ -155,6 +155,7 @@ def bench_ablate(home: Home, settings: BenchSettings, *, say: Say, tell: Say) ->
 def bench_workers(home: Home, settings: BenchSettings, *, say: Say, tell: Say) -> Outcome:
     """Train with 1, 2, 4 and 8 workers."""
     del home  # a run on a home that counts what is read of it needs one of its own
+    _require_steps(settings, BATCH, _STEPS)
     found = bench_scale(
         ScaleSettings(
             data=settings.data,

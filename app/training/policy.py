@@ -86,9 +86,9 @@ def _recompute(model: PreTrainedModel | PeftModel) -> None:
     forward they are in the mode of the whole model, see `without_noise`.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer._gradient_checkpointing_func = _in_mode_of(model, layer, layer._gradient_checkpointing_func)  # noqa: SLF001  no other door
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._gradient_checkpointing_func = _in_mode_of(model, layer, layer._gradient_checkpointing_func)
 
 
 def _in_mode_of(model: torch.nn.Module, layer: torch.nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 
 from app.bench.ablate import LAYOUTS, ablate, on_all_rows, unshared
 from app.bench.arms import Arm, Measured, run_ours
-from app.bench.command import TARGETS, BenchSettings, bench_ablate, bench_train
+from app.bench.command import TARGETS, BenchSettings, bench_ablate, bench_train, bench_workers
 from app.bench.flops import ModelShape, operations
 from app.bench.parity import Parity, compare
 from app.bench.rival import run_trl
@@ -170,7 +170,7 @@ def test_operations_are_counted_by_hand(home, model_id, work):
         work, groups=(Group("g", "c", "train", (5, 6), ((7, 8, 1), (9, 1)), (Preference(0, 1, 1, "p", "x"),)),)
     )
     none = Measured(0.0, (1.0,), (1,), (10,), (0.5,), (-1.0,), (), (), 1)
-    attended = 3 + (3 * 2 + 6) + (2 * 2 + 3)
+    attended = 5 * 5 + 2 * (2 + 2)
     assert operations(shape, one, ONLINE, none, compact=False) == 4 * (
         2 * shape.backbone * 7 + 2 * shape.head * 5 + 4 * 64 * attended
     )
@@ -183,6 +183,11 @@ def test_operations_are_counted_by_hand(home, model_id, work):
     twice = replace(one, epochs=2)
     assert operations(shape, twice, ONLINE, none, compact=False) == 8 * forward
     assert operations(shape, twice, replace(ONLINE, reference="cached"), none, compact=False) == 7 * forward
+    long = replace(one, groups=(replace(one.groups[0], prompt_ids=(5,) * 597),))
+    more_tokens = 595 * 4 * 2 * shape.backbone
+    assert operations(shape, long, ONLINE, none, compact=False) == 4 * forward + more_tokens + 4 * 4 * 64 * (
+        512 * 512 + 88 * 600 + 2 * (597 + 2) - attended
+    )
     padded = replace(none, shapes=((2, 5),))
     counted = 2 * 10 * (4 * shape.backbone + 5 * shape.head) + 4 * 4 * 64 * 50
     assert operations(shape, one, TRL, padded, compact=False) == counted
@@ -494,6 +499,8 @@ def test_every_target_is_of_something_that_is_measured():
 def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
     with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 4 steps of 8 pairs.*\n\nHint: at least 32"):
         bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], targets=None, say=print, tell=print)
+    with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 3 steps of 8 pairs.*\n\nHint: at least 24"):
+        bench_workers(home, settings_of(data, tiny_model, pairs=16), say=print, tell=print)
 
 
 @pytest.mark.full

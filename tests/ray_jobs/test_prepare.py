@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.config import PairSection, parse_recipe
-from app.errors import DataError, ServiceError
+from app.errors import DataError, OutOfMemory, ServiceError
 from app.generation import GenerationRequest, generate
 from app.models import Lineage, ensure_sft, load_model, render_prompt, save_model
 from app.preferences.snapshots import write_pair_snapshot
@@ -183,6 +183,40 @@ def test_a_pass_of_the_reference_whose_actors_die_again_and_again_ends_with_a_re
     monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", Dying)
     with pytest.raises(ServiceError, match=r"an actor that scores with the reference died more than twice(.|\n)*Hint"):
         prepare(home, ledger, recipe_for(tiny_model), write(home, ledger, pairs))
+
+
+class Small(ReferenceScorer):
+    """An actor whose memory holds a row or two of the tests' data."""
+
+    fits = 48
+
+    def _score(self, batch):
+        if batch.input_ids.numel() > self.fits:
+            torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
+        return super()._score(batch)
+
+
+class TooSmall(Small):
+    fits = 4
+
+
+def test_a_pass_of_the_reference_goes_on_with_smaller_micro_batches_where_memory_does_not_hold_them(
+    cluster, home, ledger, tiny_model, monkeypatch
+):
+    pairs = [Pair((Message("user", t),), Response(f"{t}!"), Response(f"{t}?"), "import", "", "") for t in TEXTS]
+    snapshot_id = write(home, ledger, pairs)
+    recipe = parse_recipe(
+        {**recipe_for(tiny_model).model_dump(mode="json"), "prepare": {"max_length": 256, "reuse_scores": False}},
+        place="test",
+    )
+    usual = scored(home, prepare(home, ledger, recipe, snapshot_id).snapshot_id)
+    monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", Small)
+    assert scored(home, prepare(home, ledger, recipe, snapshot_id).snapshot_id) == pytest.approx(usual, abs=1e-4)
+    monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", TooSmall)
+    with pytest.raises(
+        OutOfMemory, match=r"an actor that scores with the reference did not hold a quarter(.|\n)*Hint: lower"
+    ):
+        prepare(home, ledger, recipe, snapshot_id)
 
 
 def test_a_pass_of_the_reference_may_take_longer_for_a_block_than_ray_data_waits_for_one(
