@@ -266,8 +266,9 @@ _LEARNING_RATES: Mapping[str, tuple[float, float]] = {
     "orpo": (5e-6, 5e-5),  # its authors' Mistral-ORPO
     "kto": (1e-6, 1e-5),  # its authors for beta = 0.1
     "apo_zero_unpaired": (1e-6, 1e-5),
+    "simpo": (1e-6, 1e-5),  # its authors' Llama-3-Instruct, the upper end of their search from 3e-7
 }
-# DPO and SimPO: Zephyr, Tulu 3, the authors of SimPO; with adapters Zephyr and LLaMA-Factory
+# DPO: Zephyr, Tulu 3; with adapters Zephyr and LLaMA-Factory
 _OTHERS = (5e-7, 5e-6)
 
 
@@ -432,6 +433,11 @@ class WorkerSection(Section):
     def device(self) -> str:
         """The type of device that a worker computes on."""
         return "cuda" if self.use_gpu else "cpu"
+
+    @property
+    def threads(self) -> int:
+        """Threads with which a worker computes."""
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
 
 
 class RuleSection(Section):

@@ -47,7 +47,7 @@ from ray_jobs.judging import Answered, Judging, RewardJudge, judge, reward_score
 from ray_jobs.preflight import preflight
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, require_room, room, run_job
-from ray_jobs.worker import held_out_measures
+from ray_jobs.worker import run_result
 
 _SEED = 0
 _ROWS_PER_FILE = 4096
@@ -159,15 +159,15 @@ def _model(ledger: Ledger, model_id: str) -> ModelRow:
 
 
 def _held_out(home: Home, ledger: Ledger, run_id: str | None) -> HeldOut:
-    measures = held_out_measures(home, run_id) if run_id is not None else None
-    if measures is None:
+    result = run_result(home, run_id) if run_id is not None else None
+    if result is None:
         return HeldOut((), {})
     with ledger.read() as session:
         run = session.get(RunRow, run_id)
     snapshot = None if run is None or run.snapshot_id is None else home.artifact("training", run.snapshot_id)
     # Old snapshots may have been removed.
     groups = read_groups(snapshot, Split.HELD_OUT) if snapshot is not None and snapshot.exists() else []
-    return HeldOut(tuple(measures.pairs), distinct(groups))
+    return HeldOut(tuple(result.measures.pairs), distinct(groups))
 
 
 def _reward_judge(ledger: Ledger, section: EvaluateSection) -> RewardJudge | None:
@@ -226,7 +226,7 @@ def _resources(recipe: Recipe, *, models: int) -> Resources:
     return Resources(
         cpus=workers.cpus_per_worker,
         gpus=1 if workers.use_gpu else 0,
-        threads=workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+        threads=workers.threads,
         # Each holds a whole model: as many as train side by side, or one for each model, where they find room.
         actors=min(room(workers), max(workers.workers, models)),
     )

@@ -233,7 +233,7 @@ def score_reference(
             "model_id": model_id,
             "dtype": recipe.train.dtype,
             "token_budget": recipe.train.token_budget(workers.device),
-            "threads": workers.threads_per_worker or max(1, int(workers.cpus_per_worker)),
+            "threads": workers.threads,
             "backend": recipe.train.attention,
         },
         batch_size=length,  # of a larger one Ray Data would put slices together again

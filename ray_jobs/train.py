@@ -83,11 +83,10 @@ from ray_jobs.worker import (
     EXPORT,
     MOST_HELD_OUT,
     RESULT,
+    RunResult,
     TrainTask,
-    held_out_measures,
-    not_finite,
-    reference_memory,
     require_packable,
+    run_result,
     summary,
     train_worker,
 )
@@ -112,12 +111,9 @@ class TrainResult:
     learning: Learning | Likelihood | None
     metrics: dict[str, float]
     """Of what was held out, by the names of the ledger."""
-    reference_memory: dict[str, int]
-    """Bytes of a reference in slices (`ray_jobs.worker`); empty where it had none."""
     skipped_steps: int
     """Steps whose loss or gradient was not finite, so that they made no update."""
-    not_finite: int
-    """Held-out rows that were left out because their reward was no number."""
+    left: RunResult
 
 
 def train(
@@ -198,7 +194,7 @@ def _train(
         files=files,
         total_steps=total_steps,
         learning_rate=section.learning_rate or usual,
-        threads=recipe.workers.threads_per_worker or max(1, int(recipe.workers.cpus_per_worker)),
+        threads=recipe.workers.threads,
     )
     known = _record_start(ledger, recipe, task, objective, reference)
     for warning in warnings:
@@ -417,35 +413,34 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 
 def _finish(home: Home, ledger: Ledger, recipe: Recipe, objective: Objective, task: TrainTask) -> TrainResult:
     run_id = task.identity.run_id
-    measures = held_out_measures(home, run_id)
-    if measures is None:
+    result = run_result(home, run_id)
+    if result is None:
         msg = f"run `{run_id}` ended without `{RESULT}`, which its first worker writes\n\nHint: is `{home.uri}` a folder that all nodes see? The same run id continues."
         raise WorkersLost(msg)
     snapshot = home.artifact("training", task.identity.snapshot_id)
+    means = summary(result.measures)
     learning = _judge(
-        measures,
+        result.measures,
         objective.unit,
         seed=recipe.train.seed,
         sources=distinct(read_groups(snapshot, Split.HELD_OUT, at_most=MOST_HELD_OUT)),
     )
     counts = snapshot.manifest()["counts"]
     metrics = {
-        **summary(measures),
+        **means,
         "steps": task.total_steps,
         "learning_rate": task.learning_rate,
         "simulated_pairs": counts.get("simulated", 0),
     }
     if learning is not None:
         metrics["learning"] = dataclasses.asdict(learning)
-    lost = not_finite(home, run_id)
-    if lost:
-        metrics["held_out_not_finite"] = lost
+    if result.not_finite:
+        metrics["held_out_not_finite"] = result.not_finite
     skipped = _steps_without_update(ledger, run_id)
     if skipped:
         metrics["steps_skipped"] = skipped
-    memory = reference_memory(home, run_id)
-    if memory:
-        metrics["reference_memory"] = memory
+    if result.reference_memory:
+        metrics["reference_memory"] = result.reference_memory
     export = home.artifact(f"runs/{run_id}", EXPORT)
     with _told_of_storage(), export.local_copy() as folder:
         lineage = Lineage(
@@ -459,9 +454,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, objective: Objective, ta
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     remove_if_allowed(export.filesystem, export.path)
     _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
-    return TrainResult(
-        run_id, model, task.total_steps, task.learning_rate, learning, summary(measures), memory, skipped, lost
-    )
+    return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, means, skipped, result)
 
 
 def _steps_without_update(ledger: Ledger, run_id: str) -> int:
@@ -588,9 +581,9 @@ def print_measures(console: Console, result: TrainResult) -> None:
         console.print("too little was held out: whether the model learned is not known", highlight=False)
     else:
         console.print(result.learning.table(), highlight=False)
-    if result.not_finite:
-        console.print(f"left out: {result.not_finite} held-out rows whose reward is no number", highlight=False)
-    if memory := result.reference_memory:
+    if result.left.not_finite:
+        console.print(f"left out: {result.left.not_finite} held-out rows whose reward is no number", highlight=False)
+    if memory := result.left.reference_memory:
         mb = {name: count / 1e6 for name, count in memory.items()}
         console.print(
             f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers, "

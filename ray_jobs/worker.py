@@ -498,13 +498,13 @@ def _before(
     """
     run, workers = task.home().artifact("runs", task.identity.run_id), common["workers"]
     if done_steps:
-        known: Measures | None = None
+        known: RunResult | None = None
         if workers.rank == 0:
             with suppress(DataError):
                 known = _stored(run, BEFORE)
         known = workers.gather([known] if workers.rank == 0 else [])[0]
         if known is not None:
-            return known
+            return known.measures
         # A run from before these were kept, or a damaged file.
         policy = sharding.frozen(task.start_model_id, _dtype(task.section), agreement=policy.agreement)
     measures = measure(policy, held_out, **common)
@@ -568,12 +568,20 @@ def _export(
     write_atomically(filesystem, f"{run.path}/{RESULT}", json.dumps(result).encode())
 
 
-def held_out_measures(home: Home, run_id: str) -> Measures | None:
-    """Return what a finished run measured on what was held out, or None where it left no result.
+@dataclass(frozen=True)
+class RunResult:
+    """What the first worker left of a finished run, beside the model."""
 
-    Raises:
-        DataError: the file is damaged.
-    """
+    measures: Measures
+    """Of what was held out."""
+    reference_memory: dict[str, int]
+    """Bytes that a reference in slices took; empty where there was none."""
+    not_finite: int
+    """Held-out rows that were left out because their reward was no number."""
+
+
+def run_result(home: Home, run_id: str) -> RunResult | None:
+    """Return what a finished run left, or None where it left nothing; raises DataError where the file is damaged."""
     return _stored(home.artifact("runs", run_id), RESULT)
 
 
@@ -581,35 +589,18 @@ def _plain(measures: Measures) -> dict[str, Any]:
     return {"pairs": [asdict(m) for m in measures.pairs], "answers": [asdict(m) for m in measures.answers]}
 
 
-def _stored(run: Artifact, name: str) -> Measures | None:
+def _stored(run: Artifact, name: str) -> RunResult | None:
     try:
-        result = json.loads(run.filesystem.cat_file(f"{run.path}/{name}"))
+        found = json.loads(run.filesystem.cat_file(f"{run.path}/{name}"))
         # `measures` is what runs of pairs wrote before there were others.
-        pairs, answers = result.get("pairs", result.get("measures")), result.get("answers", [])
-        return Measures([PairMeasure(**row) for row in pairs], [AnswerMeasure(**row) for row in answers])
+        pairs, answers = found.get("pairs", found.get("measures")), found.get("answers", [])
+        measures = Measures([PairMeasure(**row) for row in pairs], [AnswerMeasure(**row) for row in answers])
+        return RunResult(measures, found.get("reference_memory", {}), found.get("not_finite", 0))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
         msg = f"`{run.path}/{name}` is damaged: {error}\n\nHint: remove it to evaluate the model all the same; its reward accuracy is not known then, which the gate's rule `reward_accuracy` holds."
         raise DataError(msg) from None
-
-
-def reference_memory(home: Home, run_id: str) -> dict[str, int]:
-    """Return the bytes that a reference in slices took in a finished run; nothing where it had none."""
-    found: dict[str, int] = _result(home, run_id).get("reference_memory", {})
-    return found
-
-
-def not_finite(home: Home, run_id: str) -> int:
-    """Return how many held-out rows a finished run left out because their reward was no number."""
-    found: int = _result(home, run_id).get("not_finite", 0)
-    return found
-
-
-def _result(home: Home, run_id: str) -> dict[str, Any]:
-    run = home.artifact("runs", run_id)
-    found: dict[str, Any] = json.loads(run.filesystem.cat_file(f"{run.path}/{RESULT}"))
-    return found
 
 
 def summary(measures: Measures) -> dict[str, float]:

@@ -48,11 +48,10 @@ def in_rows(groups: Sequence[Group], *, answers: int) -> list[Group]:
 def _in_rows(group: Group, answers: int) -> list[Group]:
     paired = {i for p in group.pairs for i in (p.chosen, p.rejected)}
     lone = [i for i in range(len(group.responses)) if i not in paired]
-    rows = [lone[start : start + answers] for start in range(0, len(lone), answers)]
-    if paired:
-        rows.insert(0, sorted(paired))
-    if len(rows) < 2:
+    if len(lone) <= answers:
         return [group]
+    rows = [sorted(paired)] if paired else []
+    rows += [lone[start : start + answers] for start in range(0, len(lone), answers)]
     return [
         _cut(
             replace(

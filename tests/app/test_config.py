@@ -203,8 +203,9 @@ def test_a_micro_batch_is_as_large_as_the_device_wants_it_unless_a_recipe_says_o
 
 def test_a_rate_nobody_gave_is_the_published_one_carried_over_to_width_and_steps():
     full, lora = (partial(usual_learning_rate, adapter=adapter, tuned_by="answers") for adapter in ("full", "lora"))
-    for objective in ("dpo", "simpo", "my.module:loss"):
+    for objective in ("dpo", "cpo", "my.module:loss"):
         assert full(objective, width=4096, total_steps=480) == 5e-7
+    assert full("simpo", width=4096, total_steps=480) == 1e-6
     assert full("dpo", width=4096, total_steps=10_000) == 5e-7
     assert full("dpo", width=2048, total_steps=240) == pytest.approx(2e-6)
     assert full("dpo", width=4096, total_steps=1) == pytest.approx(4e-6)

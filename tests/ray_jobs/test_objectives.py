@@ -27,7 +27,7 @@ from app.training.policy import build_policy, precomputed
 from app.training.snapshots import SHUFFLE_WINDOW, epoch_files, epoch_stream, read_groups, train_files
 from ray_jobs.prepare import prepare
 from ray_jobs.train import train
-from ray_jobs.worker import held_out_measures
+from ray_jobs.worker import run_result
 from tests.ray_jobs.local_ray import local_ray
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -215,7 +215,7 @@ def test_a_run_that_adds_nothing_to_a_champion_is_not_learned_though_the_referen
     recipe = recipe.model_copy(update=changes)
     prepared = prepare(home, ledger, recipe, pairs)
     result = train(home, ledger, recipe, prepared.snapshot_id, run_id="adds-nothing")
-    measured = held_out_measures(home, result.run_id)
+    measured = run_result(home, result.run_id).measures
     assert max(abs(row.before_margin) for row in measured.pairs) > 1e-3
     assert max(abs(row.before_reward) for row in measured.answers) > 1e-3
     assert max(abs(row.gain) for row in (*measured.pairs, *measured.answers)) < 1e-4
@@ -265,7 +265,7 @@ def test_other_objectives_train_in_the_job_as_in_one_process(cluster, stage, of_
     with stage[1].read() as session:
         assert (session.get_one(RunRow, result.run_id).reference_model_id is None) == free
     assert (rows[0].metrics["chosen_fell"] is None) == free
-    assert all((row.before_margin != 0) == free for row in held_out_measures(stage[0], result.run_id).pairs)
+    assert all((row.before_margin != 0) == free for row in run_result(stage[0], result.run_id).measures.pairs)
     assert result.learning.chosen_change is not None
     # With a reference or without one, against the model of step 0.
     assert all(0 <= row.metrics["held_out_chosen_fell"] <= 1 for row in rows[1:-1:2])

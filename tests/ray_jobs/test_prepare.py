@@ -186,9 +186,9 @@ def test_a_pass_of_the_reference_whose_actors_die_again_and_again_ends_with_a_re
 
 
 class Small(ReferenceScorer):
-    """An actor whose memory holds a row or two of the tests' data."""
+    """An actor whose memory holds one row of the tests' data."""
 
-    fits = 48
+    fits = 150
 
     def _score(self, batch):
         if batch.input_ids.numel() > self.fits:
@@ -205,9 +205,9 @@ def test_a_pass_of_the_reference_goes_on_with_smaller_micro_batches_where_memory
 ):
     pairs = [Pair((Message("user", t),), Response(f"{t}!"), Response(f"{t}?"), "import", "", "") for t in TEXTS]
     snapshot_id = write(home, ledger, pairs)
+    changes = {"prepare": {"max_length": 256, "reuse_scores": False}, "train": {"micro_batch_tokens": 512}}
     recipe = parse_recipe(
-        {**recipe_for(tiny_model).model_dump(mode="json"), "prepare": {"max_length": 256, "reuse_scores": False}},
-        place="test",
+        {**recipe_for(tiny_model).model_dump(mode="json", exclude_unset=True), **changes}, place="test"
     )
     usual = scored(home, prepare(home, ledger, recipe, snapshot_id).snapshot_id)
     monkeypatch.setattr("ray_jobs.prepare.ReferenceScorer", Small)

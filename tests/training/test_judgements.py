@@ -115,6 +115,7 @@ def test_pairs_that_are_measured_stay_in_one_row():
     assert paired.pairs == (Preference(1, 0, 1.0, "4>1", "import"),)
     assert paired.responses == (held_out.responses[1], held_out.responses[4])
     assert [(len(row.responses), row.pairs) for row in lone] == [(2, ()), (1, ())]
+    assert in_rows([held_out], answers=3) == [held_out]
 
 
 @given(sizes=SIZES, seed=st.integers(0, 5))
