@@ -26,7 +26,6 @@ from pydantic import (
 from app.errors import RecipeError
 
 SAME_STEPS = (
-    "prepare.reuse_scores",
     "train.activation_checkpointing",
     "train.canary_every",
     "train.checkpoint_every",
@@ -771,7 +770,7 @@ def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
     place = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], tree)
-        if location[:-1] == ["train"] and location[-1] in _options_of(tree).model_fields:
+        if location[:-1] == ["train"] and location[-1] in _known_keys(["train", "options"], tree):
             return f"`{place}`: unknown key; it is `train.options.{location[-1]}`"
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known) or 'none'}"
@@ -783,7 +782,8 @@ def _describe(fault: Any, tree: Mapping[str, Any]) -> str:
 
 
 def _options_of(tree: Mapping[str, Any]) -> type[Section]:
-    return OBJECTIVE_OPTIONS.get(tree["train"].get("objective", "dpo"), Section)
+    name = tree["train"].get("objective", "dpo")
+    return OBJECTIVE_OPTIONS.get(name, Section) if isinstance(name, str) else Section
 
 
 def _known_keys(sections: Sequence[str], tree: Mapping[str, Any]) -> list[str]:

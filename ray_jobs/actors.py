@@ -42,9 +42,9 @@ def told_of_dead_actors(which: str, actors: int) -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        if OutOfMemory.__name__ not in str(error):
+        if f"{OutOfMemory.__module__}.{OutOfMemory.__name__}: " not in str(error):
             raise
-        msg = f"the memory of an actor {which} did not hold a quarter of train.micro_batch_tokens\n\nHint: lower prepare.max_length, take fewer pairs.max_pairs_per_prompt, or fewer workers.workers where {actors} of them share a machine; the same command goes on."
+        msg = f"the memory of an actor {which} did not hold a quarter of train.micro_batch_tokens\n\nHint: lower prepare.max_length, or take fewer workers.workers where {actors} of them share a machine."
         raise OutOfMemory(msg) from None
     except RayActorError as error:
         told = str(error).strip().splitlines()

@@ -276,23 +276,23 @@ class ReferenceScorer:
         model = load_model(Home.at(home_uri), model_id, dtype=dtype, device=self.device).model
         self.scorer = ScoringModel(model, backend=backend)
         self.dtype = dtype
-        self.token_budget = token_budget
+        self.token_budget, self.least = token_budget, token_budget >> HALVINGS
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fill in `reference_logps`, by smaller micro-batches where memory does not hold them; raises OutOfMemory."""
         groups = groups_of_table(table)
         indices = table["row_index"].to_pylist()
-        for _ in range(HALVINGS + 1):
+        while True:
             try:
                 scored = with_reference_logps(groups, self._score, token_budget=self.token_budget)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                ran_out = said(error, 0)
-                self.token_budget //= 2
-        else:
-            raise OutOfMemory(ran_out)
+                if self.token_budget <= self.least:
+                    raise OutOfMemory(said(error, 0)) from None
+            # Not where the error is handled, which holds on to what the pass had in hand.
+            self.token_budget //= 2
         rows = [to_row(group, index) for group, index in zip(scored, indices, strict=True)]
         return pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA)
 

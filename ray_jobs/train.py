@@ -39,6 +39,7 @@ from app.errors import (
     DataError,
     OutOfMemory,
     PrefloopError,
+    RecipeError,
     ServiceError,
     TrainingError,
     WorkersLost,
@@ -199,7 +200,9 @@ def _train(
     known = _record_start(ledger, recipe, task, objective, reference)
     for warning in warnings:
         ledger.audit("train", "warning", run_id, {"warning": warning})
-    if (tokens := known.get(_HALVED)) is not None and tokens < section.token_budget(recipe.workers.device):
+    # What is usual may be another rate with a newer version of this program.
+    task = dataclasses.replace(task, learning_rate=known.get("learning_rate", task.learning_rate))
+    if (tokens := known.get(_HALVED)) is not None:
         task = dataclasses.replace(task, section=section.model_copy(update={"micro_batch_tokens": tokens}))
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
@@ -490,18 +493,22 @@ def _record_start(
     ledger: Ledger, recipe: Recipe, task: TrainTask, objective: Objective, reference: ModelRow
 ) -> dict[str, Any]:
     """Note that a run begins or goes on; return what attempts before this one found out."""
-    identity = task.identity
+    identity, tree = task.identity, recipe.model_dump(mode="json")
     with ledger.write() as session:
         row = session.get(RunRow, identity.run_id)
         if row is None:
             row = RunRow(
                 run_id=identity.run_id,
                 kind="train",
-                recipe=recipe.model_dump(mode="json"),
+                recipe=tree,
                 snapshot_id=identity.snapshot_id,
                 start_model_id=task.start_model_id,
                 reference_model_id=reference.model_id if objective.has_reference else None,
-                metrics={"total_steps": task.total_steps, **_own_source(objective)},
+                metrics={
+                    "total_steps": task.total_steps,
+                    "learning_rate": task.learning_rate,
+                    **_own_source(objective),
+                },
                 attempt=0,
                 code_version=code_version(),
                 created_at=now(),
@@ -509,9 +516,16 @@ def _record_start(
                 status="running",
             )
             session.add(row)
-        elif changed := _changed(row, recipe, task, reference, objective):
+        elif changed := _changed(row, tree, task, reference if objective.has_reference else None):
             msg = f"run `{identity.run_id}` exists with another {', '.join(changed)}\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)
+        elif (own := _own_source(objective)) != {key: row.metrics[key] for key in own if key in row.metrics}:
+            msg = f"run `{identity.run_id}` began with another source of `{objective.name}`\n\nHint: put it back as it was, or choose another --run."
+            raise RecipeError(msg)
+        elif _memory_settings(row.recipe) != _memory_settings(tree):
+            # What memory held then is not what it holds now.
+            row.metrics = {key: value for key, value in row.metrics.items() if key != _HALVED}
+            row.recipe = tree
         row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
         return dict(row.metrics)
 
@@ -538,16 +552,18 @@ def _record_end(
         row.output_model_id = output_model_id or row.output_model_id
 
 
-def _changed(row: RunRow, recipe: Recipe, task: TrainTask, reference: ModelRow, objective: Objective) -> list[str]:
+def _changed(row: RunRow, tree: dict[str, Any], task: TrainTask, reference: ModelRow | None) -> list[str]:
     """Return what is another one than when the run began, of all that its steps depend on."""
     ids = {
         "snapshot": (row.snapshot_id, task.identity.snapshot_id),
-        "reference": (row.reference_model_id, reference.model_id if objective.has_reference else None),
+        "reference": (row.reference_model_id, reference and reference.model_id),
     }
     named = [f"{what} (`{before}`, now `{after}`)" for what, (before, after) in ids.items() if before != after]
-    if row.metrics.get(_SOURCE) != _own_source(objective).get(_SOURCE):
-        named.append(f"source of `{objective.name}`")
-    return [*named, *differing(_numbers(row.recipe), _numbers(recipe.model_dump(mode="json")))]
+    return [*named, *differing(_numbers(row.recipe), _numbers(tree))]
+
+
+def _memory_settings(tree: dict[str, Any]) -> list[Any]:
+    return [tree["train"].get(key) for key in ("micro_batch_tokens", "activation_checkpointing")]
 
 
 def _own_source(objective: Objective) -> dict[str, str]:

@@ -416,9 +416,11 @@ def _canaries(policy: ScoringModel, start: LoadedModel, groups: Sequence[Group],
     def room(group: Group) -> int:
         return min(_CANARY_TOKENS, window - len(group.prompt_ids))
 
+    # A prompt may have several rows.
+    prompts = list({group.prompt_ids: group for group in reversed(groups)}.values())[::-1]
     requests = [
         GenerationRequest(group.prompt_ids, temperature=0.0, top_p=1.0, max_tokens=room(group))
-        for group in sorted(groups, key=room, reverse=True)[:_CANARIES]
+        for group in sorted(prompts, key=room, reverse=True)[:_CANARIES]
     ]
     with generating(policy) as model, autocast(model.device, dtype):
         answers = generate(replace(start, model=model), requests)

@@ -74,14 +74,14 @@ def operations(shape: ModelShape, work: Work, arm: Arm, measured: Measured, *, c
         return float((backbone + head + attention) * scores + trained * work.epochs)
     answered = sum(len(g.responses[i]) for g in work.groups for p in g.pairs for i in (p.chosen, p.rejected))
 
-    def forward(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+    def forward(shapes: Sequence[tuple[int, int]], passes: int) -> tuple[int, int, int]:
         tokens = tokens_of(shapes)
         # A mask of padding makes attention compute the whole square.
         attended = sum(rows * length * length for rows, length in shapes)
-        return shape.forward(tokens=tokens, head_rows=answered if compact else tokens, attended=attended)
+        return shape.forward(tokens=tokens, head_rows=answered * passes if compact else tokens, attended=attended)
 
-    scored = forward(measured.score_shapes or measured.shapes)
-    backbone, head, attention = forward(measured.shapes)
+    scored = forward(measured.score_shapes, 1) if measured.score_shapes else forward(measured.shapes, work.epochs)
+    backbone, head, attention = forward(measured.shapes, work.epochs)
     # Its backward computes the logits again. Attention has no weights: its backward is two products for each.
     trained = backbone * (1 + backward + again) + head * (2 + backward) + attention * (3 + again)
     return float(sum(scored) + trained)

@@ -20,9 +20,11 @@ step (`mean_tokens`, `kl`) comes from outside for the same reason. A function of
 Formulas: S is a policy log-probability, R a reference one, n a token count, h = S - R, w and l are chosen and rejected.
 """
 
+import ast
 import importlib
 import inspect
 import keyword
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -89,12 +91,12 @@ class Objective:
 
     @property
     def source(self) -> str:
-        """The source of a function of one's own; empty for one that ships, and where there is none to be read."""
+        """The source of a function of one's own, without comments; empty for one that ships, and where none can be read."""
         if self.function.__module__ == __name__:
             return ""
         try:
-            return inspect.getsource(self.function)
-        except (OSError, TypeError):
+            return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(self.function))))
+        except (OSError, TypeError, SyntaxError):
             return ""
 
     @property

@@ -226,6 +226,10 @@ def test_a_rate_far_from_the_usual_one_is_warned_of():
 def test_an_option_of_the_objective_is_told_its_place():
     with pytest.raises(RecipeError, match=r"`train.beta`: unknown key; it is `train.options.beta`"):
         parse_recipe({"name": "x", "train": {"beta": 0.1}}, place="x")
+    with pytest.raises(RecipeError, match=r"`train.lambda`: unknown key; it is `train.options.lambda`"):
+        parse_recipe({"name": "x", "train": {"objective": "orpo", "lambda": 0.1}}, place="x")
+    with pytest.raises(RecipeError, match=r"`train.betta`: unknown key; "):
+        parse_recipe({"name": "x", "train": {"objective": {"name": "dpo"}, "betta": 0.1}}, place="x")
     with pytest.raises(RecipeError, match=r"`train.gamma_beta_ratio`: unknown key; known: "):
         parse_recipe({"name": "x", "train": {"gamma_beta_ratio": 0.1}}, place="x")
 
@@ -236,7 +240,7 @@ def test_recipes_differ_by_what_decides_the_steps_of_a_run():
 
     assert differing(tree(), tree(train={"seed": 1, "options": {"beta": 0.2}})) == ["train.options.beta", "train.seed"]
     same = {"train": {"micro_batch_tokens": 64, "checkpoint_every": 3, "activation_checkpointing": True}}
-    assert differing(tree(), tree(prepare={"reuse_scores": False}, **same)) == []
+    assert differing(tree(), tree(**same)) == []
     every = tree()
     for name in SAME_STEPS:
         section, key = name.split(".")

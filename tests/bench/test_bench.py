@@ -194,6 +194,10 @@ def test_operations_are_counted_by_hand(home, model_id, work):
     cached = replace(padded, score_shapes=((2, 6),))
     more = counted + 2 * 2 * (shape.backbone + shape.head) + 4 * 64 * (72 - 50)
     assert operations(shape, one, TRL, cached, compact=False) == more
+    for compact in (False, True):
+        both = replace(padded, shapes=padded.shapes * 2)
+        once = operations(shape, one, TRL, padded, compact=compact)
+        assert operations(shape, twice, TRL, both, compact=compact) == 2 * once
     assert operations(shape, one, TRL, padded, compact=True) == counted - 5 * 2 * shape.head * (10 - 5)
 
 

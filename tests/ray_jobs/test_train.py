@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from app.config import TrackSection, parse_recipe, usual_learning_rate
-from app.errors import DataError, LedgerError, ServiceError, TrainingError
+from app.errors import DataError, LedgerError, RecipeError, ServiceError, TrainingError
 from app.ledger import AuditRow, Ledger, ModelRow, RunRow, RunStepRow, now
 from app.models import Lineage, load_model, register_folder
 from app.schemas import Split
@@ -400,6 +400,52 @@ def test_a_run_id_with_another_recipe_is_refused(unbroken, stage):
     home, ledger, _, snapshot_id, sft = stage
     with pytest.raises(TrainingError, match="`unbroken` exists with another train.options.beta\n"):
         train(home, ledger, recipe_for(sft, options={"beta": 0.2}), snapshot_id, run_id="unbroken")
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """The task of each attempt of a run, which is interrupted before anything is trained."""
+    tasks = []
+
+    def interrupted(home, ledger, recipe, task, *, console):
+        tasks.append(task)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray_jobs.train._fit_in_memory", interrupted)
+    return tasks
+
+
+def test_a_run_goes_on_with_the_usual_rate_of_its_beginning(cluster, stage, attempts, monkeypatch):
+    home, ledger, _, snapshot_id, sft = stage
+    for usual in (1e-5, 2e-5):  # of another version of this program
+        monkeypatch.setattr("ray_jobs.train.usual_learning_rate", lambda *_, usual=usual, **__: usual)
+        with pytest.raises(KeyboardInterrupt):
+            train(home, ledger, recipe_for(sft, learning_rate=None), snapshot_id, run_id="upgraded")
+    assert [task.learning_rate for task in attempts] == [1e-5, 1e-5]
+
+
+def test_what_memory_held_counts_until_a_recipe_says_something_else_of_memory(cluster, stage, attempts):
+    home, ledger, _, snapshot_id, sft = stage
+    more = {"micro_batch_tokens": 256}
+    for changes in ({}, {}, more, more):
+        with pytest.raises(KeyboardInterrupt):
+            train(home, ledger, recipe_for(sft, **changes), snapshot_id, run_id="small")
+        if len(attempts) == 1:
+            with ledger.write() as session:
+                row = session.get_one(RunRow, "small")
+                row.metrics = {**row.metrics, "micro_batch_tokens": 32}
+    assert [task.section.micro_batch_tokens for task in attempts] == [64, 32, 256, 256]
+
+
+def test_a_run_does_not_go_on_with_another_source_of_its_objective(cluster, stage, attempts, monkeypatch):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft, objective="tests.ray_jobs.patchy:patchy", options={"call": 99})
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ledger, recipe, snapshot_id, run_id="edited")
+    monkeypatch.setattr("app.training.objectives.Objective.source", "def patchy(): ...")
+    with pytest.raises(RecipeError, match="run `edited` began with another source of `tests.ray_jobs.patchy:patchy`"):
+        train(home, ledger, recipe, snapshot_id, run_id="edited")
+    assert len(attempts) == 1
 
 
 def test_a_refusal_of_a_worker_ends_the_run_at_its_first_attempt(cluster, stage):

@@ -144,12 +144,15 @@ def test_canaries_are_prompts_that_leave_room_for_an_answer_and_others_where_the
 ):
     start = load_model(home, ensure_sft(home, ledger, str(tiny_model)).model_id, dtype="float32")
     window = context_window(start.model)
-    short, long = ([replace(g, prompt_ids=g.prompt_ids[:1] * n) for g in make_groups(7)] for n in (5, window - 3))
+    short, other, long = (
+        [replace(group, prompt_ids=(10 + i,) * n) for i, group in enumerate(make_groups(7))] for n in (5, 6, window - 3)
+    )
     # A model of random weights goes on until its limit.
     tokens = lambda groups: _canaries(ScoringModel(start.model), start, groups, dtype="float32")["canary_tokens"]  # noqa: E731
     assert tokens(long) == 3
     assert tokens([*long, *short]) == (7 * 128 + 3) / 8
-    assert tokens([*long, *short, *short]) == 128
+    assert tokens([*long, *short, *short]) == (7 * 128 + 3) / 8, "rows of one prompt are one canary"
+    assert tokens([*long, *short, *other]) == 128
 
 
 def test_held_out_rows_that_are_no_number_are_in_no_mean():

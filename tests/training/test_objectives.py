@@ -233,7 +233,9 @@ def test_weights_that_are_to_be_balanced_are_tried_as_one():
 
 def test_only_a_function_of_ones_own_has_a_source():
     assert shipped("dpo").source == ""
-    assert load_objective(f"{__name__}:own", {"pull": 2.0}).source.startswith("def own(")
+    assert load_objective(f"{__name__}:own", {"pull": 2.0}).source.startswith(
+        "def own(policy_logps, chosen, rejected, *, pull: float=1.0)"
+    )
 
 
 @pytest.mark.parametrize(
