@@ -114,7 +114,7 @@ class TrainResult:
     """Of what was held out, by the names of the ledger."""
     skipped_steps: int
     """Steps whose loss or gradient was not finite, so that they made no update."""
-    left: RunResult
+    worker_result: RunResult
 
 
 def train(
@@ -519,7 +519,7 @@ def _record_start(
         elif changed := _changed(row, tree, task, reference if objective.has_reference else None):
             msg = f"run `{identity.run_id}` exists with another {', '.join(changed)}\n\nHint: choose another --run, or leave it out."
             raise TrainingError(msg)
-        elif (own := _own_source(objective)) != {key: row.metrics[key] for key in own if key in row.metrics}:
+        elif row.metrics.get(_SOURCE) != _own_source(objective).get(_SOURCE):
             msg = f"run `{identity.run_id}` began with another source of `{objective.name}`\n\nHint: put it back as it was, or choose another --run."
             raise RecipeError(msg)
         elif _memory_settings(row.recipe) != _memory_settings(tree):
@@ -597,9 +597,11 @@ def print_measures(console: Console, result: TrainResult) -> None:
         console.print("too little was held out: whether the model learned is not known", highlight=False)
     else:
         console.print(result.learning.table(), highlight=False)
-    if result.left.not_finite:
-        console.print(f"left out: {result.left.not_finite} held-out rows whose reward is no number", highlight=False)
-    if memory := result.left.reference_memory:
+    if result.worker_result.not_finite:
+        console.print(
+            f"left out: {result.worker_result.not_finite} held-out rows whose reward is no number", highlight=False
+        )
+    if memory := result.worker_result.reference_memory:
         mb = {name: count / 1e6 for name, count in memory.items()}
         console.print(
             f"reference in slices: {mb['total']:.4g} MB in all, at most {mb['held']:.4g} MB on each of {memory['workers']} workers, "

@@ -47,7 +47,7 @@ def test_two_workers_with_slices_train_like_one_process(unbroken, stage):  # noq
         assert ours["grad_norm"] == pytest.approx(reference.grad_norm, rel=1e-3), step
         assert ours["pairs"] == reference.pairs
     assert "held_out_loss" in found[3]
-    memory = unbroken.left.reference_memory
+    memory = unbroken.worker_result.reference_memory
     assert memory["workers"] == 2
     assert memory["held"] <= memory["total"] / 2 + 64
     assert memory["held"] < memory["peak"] <= memory["held"] + memory["largest"]
