@@ -562,6 +562,21 @@ def _changed(row: RunRow, tree: dict[str, Any], task: TrainTask, reference: Mode
     return [*named, *differing(_numbers(row.recipe), _numbers(tree))]
 
 
+def own_snapshot(home: Home, ledger: Ledger, recipe: Recipe, run_id: str | None) -> str | None:
+    """Return the training snapshot that a run began with, though newer feedback makes another one by now.
+
+    None where it is a new run, or one that another recipe began, or the home has its snapshot no more.
+    """
+    with ledger.read() as session:
+        row = session.get(RunRow, run_id) if run_id is not None else None
+    if row is None or row.snapshot_id is None:
+        return None
+    before, after = row.recipe, recipe.model_dump(mode="json")
+    if before.get("snapshot") != after["snapshot"] or differing(_numbers(before), _numbers(after)):
+        return None
+    return row.snapshot_id if home.artifact("training", row.snapshot_id).exists() else None
+
+
 def _memory_settings(tree: dict[str, Any]) -> list[Any]:
     return [tree["train"].get(key) for key in ("micro_batch_tokens", "activation_checkpointing")]
 
@@ -621,7 +636,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     with ray_cluster(home):
         require_train_room(recipe)
         preflight(home, home.ledger_url)
-        snapshot_id = options.training_snapshot
+        snapshot_id = options.training_snapshot or own_snapshot(home, ledger, recipe, options.run)
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)

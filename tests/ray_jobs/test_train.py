@@ -40,7 +40,7 @@ from app.training.snapshots import (
 )
 from app.training.tokenization import Group, Preference
 from ray_jobs.recorder import StepRecorder
-from ray_jobs.train import _cause, _tuned_by, _warnings, train
+from ray_jobs.train import _cause, _tuned_by, _warnings, own_snapshot, train
 from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
@@ -422,6 +422,20 @@ def test_a_run_goes_on_with_the_usual_rate_of_its_beginning(cluster, stage, atte
         with pytest.raises(KeyboardInterrupt):
             train(home, ledger, recipe_for(sft, learning_rate=None), snapshot_id, run_id="upgraded")
     assert [task.learning_rate for task in attempts] == [1e-5, 1e-5]
+
+
+def test_a_run_goes_on_with_the_snapshot_of_its_beginning_and_another_recipe_with_its_own(stage, attempts, tmp_path):
+    home, ledger, _, snapshot_id, sft = stage
+    recipe = recipe_for(sft)
+    assert own_snapshot(home, ledger, recipe, "mine") is None
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ledger, recipe, snapshot_id, run_id="mine")
+    assert own_snapshot(home, ledger, recipe, "mine") == snapshot_id
+    assert own_snapshot(home, ledger, recipe_for(sft, micro_batch_tokens=128), "mine") == snapshot_id
+    assert own_snapshot(home, ledger, recipe_for(sft, options={"beta": 0.2}), "mine") is None
+    assert own_snapshot(home, ledger, recipe.model_copy(update={"snapshot": "other"}), "mine") is None
+    assert own_snapshot(home, ledger, recipe, None) is None
+    assert own_snapshot(Home.at(tmp_path), ledger, recipe, "mine") is None
 
 
 def test_what_memory_held_counts_until_a_recipe_says_something_else_of_memory(cluster, stage, attempts):
