@@ -315,7 +315,9 @@ def bench(
         Literal["train", "ablate", "scale"], typer.Argument(help="The trainer against TRL's, its parts, its workers.")
     ],
     data: Annotated[Path, typer.Option(help="Preference data, as for `import`.")],
-    pairs: Annotated[int, typer.Option(help="Pairs, at most.", min=1)] = 64,
+    pairs: Annotated[
+        int | None, typer.Option(help="Pairs, at most; default: 64, or what makes three steps.", min=1)
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt and one answer together.", min=8)] = 512,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Compute type.")] = "bfloat16",
     lora: Annotated[bool, typer.Option("--lora", help="Adapters; default: full fine-tuning.")] = False,

@@ -31,6 +31,7 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "one_token_prompts": {"online": 1.0, "cached": 1.0, "steady": 1.0},
 }
 """What we want to reach on known data with full fine-tuning (`memory`: in bf16); of shares it is an upper limit."""
+_PAIRS = 64
 _STEPS, _STEPS_OF_JOB = 3, 4
 """Fewest steps that tell something; of a job the first two and the last are left out."""
 _LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
@@ -41,8 +42,8 @@ class BenchSettings:
     """What to compare on which work."""
 
     data: Path
-    pairs: int
-    """At most; what does not fill an optimizer step is left out."""
+    pairs: int | None
+    """At most; what does not fill an optimizer step is left out. None: 64, or as many as make three steps."""
     max_length: int
     dtype: Literal["float32", "bfloat16"]
     adapter: Literal["lora", "full"]
@@ -58,6 +59,16 @@ class BenchSettings:
     """Passes of every arm over the rows; the reference scores them once where it is cached."""
     only: Part | None = None
     """The only part that is measured; default: all that the work has."""
+
+    @property
+    def batch_pairs(self) -> int:
+        """Pairs of an optimizer step: whole groups for us, whole batches for TRL, and as many in both."""
+        return BATCH if self.answers is None else lcm(BATCH, *_pairs_of(self.answers))
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs that are measured, at most."""
+        return self.pairs or max(_PAIRS, _STEPS * self.batch_pairs)
 
     @property
     def token_budget(self) -> int:
@@ -122,7 +133,10 @@ def bench_train(
     del loaded
     peaks = {dtype: gemm_peak(dtype, threads) for dtype in ("bfloat16", "float32")}
     missed = []
-    tree: dict[str, Any] = {"settings": asdict(settings) | {"data": str(settings.data)}, "works": {}}
+    tree: dict[str, Any] = {
+        "settings": asdict(settings) | {"data": str(settings.data), "pairs": settings.most_pairs},
+        "works": {},
+    }
     for kind, work in works.items():
         wanted = {name.removeprefix(kind): value for name, value in expected.items() if name.startswith(kind)}
         title = f"{kind}{_what(settings, work)}, at most {work.max_length} tokens, {work.adapter}, {work.dtype}, {work.batch_pairs} pairs a step, epochs: {work.epochs}, {threads} threads"
@@ -155,11 +169,11 @@ def bench_ablate(home: Home, settings: BenchSettings, *, say: Say, tell: Say) ->
 def bench_workers(home: Home, settings: BenchSettings, *, say: Say, tell: Say) -> Outcome:
     """Train with 1, 2, 4 and 8 workers."""
     del home  # a run on a home that counts what is read of it needs one of its own
-    _require_steps(settings, BATCH, _STEPS)
+    _require_steps(settings, _STEPS)
     found = bench_scale(
         ScaleSettings(
             data=settings.data,
-            pairs=settings.pairs,
+            pairs=settings.most_pairs,
             max_length=settings.max_length,
             model=settings.model,
             adapter=settings.adapter,
@@ -231,7 +245,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
     ledger.close()
     loaded = load_model(bench_home, model_id, dtype="bfloat16")
 
-    def work(groups: Sequence[Group], batch_pairs: int) -> Work:
+    def work(groups: Sequence[Group]) -> Work:
         return Work(
             home_uri=bench_home.uri,
             sft=settings.model,
@@ -240,7 +254,7 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
             adapter=settings.adapter,
             dtype=settings.dtype,
             max_length=settings.max_length,
-            batch_pairs=batch_pairs,
+            batch_pairs=settings.batch_pairs,
             micro_batch_tokens=settings.token_budget,
             learning_rate=_LEARNING_RATES[settings.adapter],
             threads=len(psutil.Process().cpu_affinity() or [0]),
@@ -248,48 +262,51 @@ def _works(home: Home, settings: BenchSettings) -> tuple[Home, dict[str, Work], 
         )
 
     if settings.answers is None:
-        _require_steps(settings, BATCH, _STEPS_OF_JOB if settings.as_text else _STEPS)
+        _require_steps(settings, _STEPS_OF_JOB if settings.as_text else _STEPS)
         pairs, groups = read_work(
             settings.data,
             loaded,
             max_length=settings.max_length,
-            pairs=settings.pairs,
-            batch_pairs=BATCH,
+            pairs=settings.most_pairs,
+            batch_pairs=settings.batch_pairs,
             prompt_tokens=settings.prompt_tokens,
         )
-        return bench_home, {"": work(groups, BATCH)}, pairs
+        return bench_home, {"": work(groups)}, pairs
     return bench_home, _sampled(bench_home, settings, loaded, work), ()
 
 
-def _require_steps(settings: BenchSettings, batch_pairs: int, steps: int) -> None:
+def _require_steps(settings: BenchSettings, steps: int) -> None:
     """Refuse so few pairs that they tell little, before answers are sampled; raises RecipeError."""
-    if settings.pairs < steps * batch_pairs:
-        msg = f"--pairs {settings.pairs} makes fewer than {steps} steps of {batch_pairs} pairs; the first and the last tell little\n\nHint: at least {steps * batch_pairs}."
+    batch_pairs = settings.batch_pairs
+    if settings.most_pairs < steps * batch_pairs:
+        msg = f"--pairs {settings.most_pairs} makes fewer than {steps} steps of {batch_pairs} pairs; the first and the last tell little\n\nHint: at least {steps * batch_pairs}."
         raise RecipeError(msg)
 
 
+def _pairs_of(answers: int) -> tuple[int, int]:
+    """Return the pairs of a prompt with so many answers: the best against the rest, and all."""
+    return answers - 1, answers * (answers - 1) // 2
+
+
 def _sampled(
-    home: Home, settings: BenchSettings, loaded: LoadedModel, work: Callable[[Sequence[Group], int], Work]
+    home: Home, settings: BenchSettings, loaded: LoadedModel, work: Callable[[Sequence[Group]], Work]
 ) -> dict[str, Work]:
     answers = settings.answers
     assert answers is not None  # noqa: S101  the caller asked
-    best, every = answers - 1, answers * (answers - 1) // 2
-    # Steps of whole groups for us, of whole batches for TRL, and as many pairs in both.
-    batch_pairs = lcm(BATCH, best, every)
-    _require_steps(settings, batch_pairs, _STEPS)
-    prompts = settings.pairs // batch_pairs * batch_pairs // best
+    best, every = _pairs_of(answers)
+    _require_steps(settings, _STEPS)
+    pairs = settings.most_pairs // settings.batch_pairs * settings.batch_pairs
     groups = sampled_groups(
         settings.data,
         loaded,
         answers=answers,
-        prompts=prompts,
+        prompts=pairs // best,
         max_length=settings.max_length,
         kept_in=home.local("groups"),
     )
     if settings.prompt_tokens is not None:
         groups = cut_prompts(groups, settings.prompt_tokens)
-    fewer = groups[: settings.pairs // batch_pairs * batch_pairs // every]
     return {
-        "best against the rest: ": work(best_against_rest(groups), batch_pairs),
-        "all pairs: ": work(all_pairs(fewer), batch_pairs),
+        "best against the rest: ": work(best_against_rest(groups)),
+        "all pairs: ": work(all_pairs(groups[: pairs // every])),
     }

@@ -500,6 +500,13 @@ def test_every_target_is_of_something_that_is_measured():
     assert set(get_args(named)) == set(TARGETS)
 
 
+@pytest.mark.parametrize(("answers", "pairs"), [(None, 64), (2, 64), (4, 72), (8, 168)])
+def test_pairs_that_nobody_counts_make_three_steps_at_least(data, tiny_model, answers, pairs):
+    settings = settings_of(data, tiny_model, pairs=None, answers=answers)
+    assert settings.most_pairs == pairs
+    assert pairs >= 3 * settings.batch_pairs
+
+
 def test_fewer_than_three_steps_are_refused_before_anything_runs(home, data, tiny_model):
     with pytest.raises(RecipeError, match=r"--pairs 16 makes fewer than 4 steps of 8 pairs.*\n\nHint: at least 32"):
         bench_train(home, settings_of(data, tiny_model, pairs=16), expect=[], targets=None, say=print, tell=print)
