@@ -52,6 +52,7 @@ _ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".mode
 _PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 # Keys by which a config can make transformers import or run something of the folder's choosing.
 _FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_attn_implementation_internal"})
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Cuda failure 'out of memory'", "STATUS_ALLOC_FAILED")
 _SHAPES = "128"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -311,8 +312,12 @@ def computes_bfloat16() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether the machine or the GPU had not enough memory; PyTorch has an error of its own for the GPU's alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Say whether the machine or the GPU had not enough memory.
+
+    PyTorch has an error of its own for what its allocator asks of a GPU alone; of what CUDA, cuBLAS, NCCL and the CPU's
+    allocator are refused only the text tells.
+    """
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(told in str(error) for told in _NO_MEMORY)
 
 
 def device_of(gpu_ids: Sequence[object]) -> torch.device:

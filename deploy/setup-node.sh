@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs prefloop and the locked packages into ~/prefloop/.venv of a node; run again it changes what differs.
-# It needs Python 3.11 or newer and a package index, no compiler. torch is a CUDA build where the index has one.
+# It needs Python 3.11 or newer and a package index, no compiler (training with `train.attention: flex` does: gcc and python3-dev). torch is a CUDA build where the index has one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, python3 is {sys.version.split()[0]}" if sys.version_info < (3, 11) else 0)'

@@ -11,6 +11,8 @@ silently wrong: it takes the restart of positions for a new document.
 """
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -109,12 +111,14 @@ class Layout:
 def sees(labels: tuple[Tensor, Tensor, Tensor], window: int | None) -> Callable[..., Tensor]:
     """Return which keys a query sees, as a mask function of FlexAttention: (batch, head, query, key) -> bool."""
     group, answer, position = labels
+    # Tensors: of a captured number Inductor (torch 2.13) makes a size of graphs for rows of any length, which its kernels do not know.
+    back = None if window is None else torch.full((), window, device=position.device)
 
     def mask(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position[query] - position[key]
         own = (answer[key] == 0) | (answer[key] == answer[query])
         seen = (group[query] == group[key]) & own & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        return seen if back is None else seen & (distance < back)
 
     return mask
 
@@ -212,9 +216,12 @@ def _by_flex(
         msg = "FlexAttention has no backward on a CPU\n\nHint: set train.attention to `sdpa`."
         raise ModelError(msg)
 
+    # A tensor, as in `sees`: Inductor fails to lower a captured fraction.
+    cap = None if softcap is None else torch.full((), softcap, device=query.device)
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        assert softcap is not None  # noqa: S101  only asked where there is one
-        return softcap * torch.tanh(score / softcap)
+        assert cap is not None  # noqa: S101  only asked where there is one
+        return cap * torch.tanh(score / cap)
 
     kernel: Any = flex_attention if on_cpu else _compiled(flex_attention)
     attended: Tensor = kernel(
@@ -225,12 +232,18 @@ def _by_flex(
         block_mask=layout.block_mask(window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        # Left to choose, torch 2.13 takes its kernel for decoding where a row has less than 128 tokens; for many of these
+        # lengths it has no configuration (`NoValidChoicesError`, pytorch #185349).
+        kernel_options=None if on_cpu else {"BACKEND": "TRITON"},
     )
     return attended.transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=2)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        msg = "FlexAttention is compiled where it runs, and this machine has no C compiler\n\nHint: install gcc and the headers of Python (python3-dev), or set train.attention to `sdpa` or `varlen`."
+        raise ModelError(msg)
     # Rows differ in length, and a kernel for each would be compiled for ever.
     return torch.compile(function, dynamic=True)
 
@@ -305,17 +318,28 @@ def _attend(
     grouped = query.shape[1] != key.shape[1]
     if softcap is not None:
         return _capped(query, key, value, _mask(queries, keys, window, query.device), scaling, softcap)
-    if queries == keys and window is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    causal = queries == keys and window is None
     # With fewer queries than keys `is_causal` aligns at the top left, so the mask is explicit.
-    mask = _mask(queries, keys, window, query.device)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    mask = None if causal else _mask(queries, keys, window, query.device)
+    device = query.device.type
+    by_flash = causal and (query.dtype != torch.float32 or torch.is_autocast_enabled(device))
+    if grouped and device != "cpu" and not by_flash:
+        # The kernel of a GPU that takes a mask, or fp32, takes no heads that share keys. Given both, torch writes all scores in
+        # fp32, and keeps them for backward.
+        key, value, grouped = _repeated(key, query), _repeated(value, query), False
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _repeated(keys: Tensor, query: Tensor) -> Tensor:
+    """Return keys or values with a head for each of the query's."""
+    return keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
     # torch's kernels know no cap.
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = _repeated(key, query), _repeated(value, query)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from app.errors import ModelError
 from app.generation import GenerationRequest, generate
 from app.ledger import ModelRow
-from app.models import Lineage, check_descent, device_of, ensure_sft, load_model, register_folder
+from app.models import Lineage, check_descent, device_of, ensure_sft, is_out_of_memory, load_model, register_folder
 from app.storage import Home
 from app.training.scoring import own_attention
 
@@ -206,6 +206,23 @@ def test_a_model_of_an_object_store_is_loaded_like_one_of_a_folder(home, ledger,
     for name, weight in ours.model.state_dict().items():
         assert torch.equal(theirs.model.state_dict()[name], weight), name
     assert not list(tmp_path.glob("elsewhere/*/*/")), "a copy stayed"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 'out of memory'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_kind_of_memory_that_is_short_is_known_as_such(error):
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("the row is out of the memory of all who saw it"))
 
 
 def heap_growth(**environment) -> float:

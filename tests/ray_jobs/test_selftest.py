@@ -21,7 +21,7 @@ def bench(home, ledger, tiny_model):
 
 
 def test_packed_rows_and_a_run_that_continues_pass_on_a_cpu(bench):
-    for make in (selftest._policy, selftest._windowed):
+    for make in (selftest._policy, selftest._windowed, selftest._capped):
         assert "gradients within the tolerance" in selftest.packing(bench, make, "sdpa", "float32")
         assert "from the gradient of plain rows in float32" in selftest.packing(bench, make, "sdpa", "bfloat16")
     assert "differ by 0.0e+00" in selftest.resume(bench)

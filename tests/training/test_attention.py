@@ -1,5 +1,6 @@
 """The layouts for GPU kernels say what the packed batch means, and each backend gives the numbers of the first."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -126,6 +127,48 @@ def test_varlen_gets_one_half_precision_type_where_weights_are_fp32(monkeypatch)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         ScoringModel(tiny_model().float(), backend="varlen")(batch)
     assert seen == [{torch.bfloat16}] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "shared"),
+    [(torch.bfloat16, False, True), (torch.float32, True, True), (torch.float32, False, False)],
+)
+def test_on_a_gpu_heads_share_keys_only_where_flash_attention_computes_it(dtype, autocast, shared, monkeypatch):
+    """What takes a mask, or fp32, there and no groups would else be torch's own formula, with all scores in memory."""
+    calls = []
+
+    def kernel(query, key, value, *, attn_mask, is_causal, scale, enable_gqa):
+        assert is_causal is (attn_mask is None)
+        calls.append((is_causal, key.shape[1], value.shape[1], enable_gqa))
+        return query
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: autocast)
+    batch = packed([(4, [2, 3])])
+    layout = Layout(batch.segments, torch.device("meta"))
+    query, key = (torch.empty(1, heads, 9, 8, dtype=dtype, device="meta") for heads in (4, 2))
+    attention._by_sdpa(query, key, key, layout, None, None, None)
+    assert calls == [(True, 2, 2, True) if shared else (True, 4, 4, False), (False, 4, 4, False)]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++")
+def test_the_mask_and_the_cap_of_flex_compile_for_rows_of_any_length(monkeypatch):
+    """On a CPU as far as a forward pass goes, with what a GPU's kernel is built from, too."""
+    monkeypatch.setattr(attention, "flex_attention", attention._compiled(attention.flex_attention))
+    for length in (9, 140, 70):
+        batch = packed([(length, [5, 3])])
+        query, key, value = (torch.randn(1, heads, batch.input_ids.numel(), 16) for heads in (4, 2, 2))
+        for window, cap in ((None, None), (6, 3.0)):
+            given = (query, key, value, Layout(batch.segments, CPU), window, None, cap)
+            assert torch.allclose(attention._by_flex(*given), attention._by_sdpa(*given), atol=1e-5)
+
+
+def test_flex_without_a_compiler_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(ModelError, match="no C compiler\n\nHint: install gcc"):
+        attention._compiled(print)
 
 
 def test_a_backend_has_no_effect_on_plain_rows_and_is_refused():
