@@ -244,13 +244,17 @@ def last_step(ledger: Ledger, run_id: str) -> int:
 
 
 def curves(ledger: Ledger, run_id: str) -> list[dict[str, Any]]:
-    """Return the metrics of a run by step, thinned evenly to about a thousand steps, the newest always among them."""
+    """Return the metrics of a run by step, thinned evenly to about a thousand steps.
+
+    The newest step is always among them, and so are those at which something was measured that is measured now and then.
+    """
     last = last_step(ledger, run_id)
     stride = max(1, -(-last // _CURVE_POINTS))
+    rare = [RunStepRow.metrics[name].as_float().is_not(None) for name in ("held_out_loss", "canary_finished")]
     with ledger.read() as session:
         rows = session.execute(
             sa.select(RunStepRow.step, RunStepRow.metrics)
-            .where(RunStepRow.run_id == run_id, RunStepRow.step % stride == last % stride)
+            .where(RunStepRow.run_id == run_id, sa.or_(RunStepRow.step % stride == last % stride, *rare))
             .order_by(RunStepRow.step)
         ).all()
     return [{**metrics, "step": step} for step, metrics in rows]

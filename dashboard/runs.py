@@ -114,8 +114,6 @@ _NEWEST = (
     ("reward_margin", "margin"),
     ("chosen_fell", "chosen fell"),
     ("kl", "KL"),
-    ("canary_finished", "canaries finished"),
-    ("canary_repetition", "canary repetition"),
     ("grad_norm", "gradient norm"),
     ("learning_rate", "learning rate"),
     ("pairs", "pairs a step"),
@@ -141,6 +139,24 @@ def _charts(curves: list[dict[str, Any]]) -> None:
     with bottom[1]:
         st.caption("Log-probability of chosen and rejected answers, in nats")
         _chart(curves, {"logp_chosen": "chosen", "logp_rejected": "rejected"}, alt.Scale(zero=False))
+    measured = [chart for chart in _NOW_AND_THEN if any(name in row for row in curves for name in chart[1])]
+    for place, (caption, names) in zip(st.columns(2, gap="small"), measured, strict=False):
+        with place:
+            st.caption(caption)
+            _chart(curves, names, alt.Scale(domain=[0, 1]))
+
+
+_NOW_AND_THEN = (
+    (
+        "Held out: pairs with a positive margin, and chosen answers that are less likely than at the start",
+        {"held_out_accuracy": "reward accuracy", "held_out_chosen_fell": "chosen fell"},
+    ),
+    (
+        "Canaries, greedy answers to a few prompts: share that ends by itself, share of 4-word runs that occurred before",
+        {"canary_finished": "finished", "canary_repetition": "repetition"},
+    ),
+)
+"""Charts of what a run measures where its recipe says how often."""
 
 
 def _chart(curves: list[dict[str, Any]], names: dict[str, str], scale: alt.Scale) -> None:

@@ -37,6 +37,10 @@ class Meter:
         """Leave the bars where they are."""
         self._bars.stop()
 
+    def say(self, line: str) -> None:
+        """Print a line that stays, above the bars."""
+        self._console.print(line, highlight=False, markup=False)
+
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` parts of the work `name` are done; may be called from another thread."""
         if self._live:
@@ -47,4 +51,4 @@ class Meter:
         tenth = 10 * done // max(1, total)
         if tenth > self._tenths.get((name, total), 0):
             self._tenths[name, total] = tenth
-            self._console.print(f"{name}: {done} of {total}{', ' if note else ''}{note}", highlight=False, markup=False)
+            self.say(f"{name}: {done} of {total}{', ' if note else ''}{note}")

@@ -280,6 +280,8 @@ def _plan(section: TrainSection, files: tuple[TrainFile, ...]) -> tuple[int, int
 
 def _show(meter: Meter, row: RunStepRow, *, total: int) -> None:
     meter.show("train: steps", row.step, total, _note(row.metrics))
+    if measured := _measured_now_and_then(row.metrics):
+        meter.say(f"train: step {row.step}: {measured}")
 
 
 def _note(metrics: dict[str, Any]) -> str:
@@ -289,6 +291,23 @@ def _note(metrics: dict[str, Any]) -> str:
     speed = f"{(metrics['pairs'] or metrics['labels']) / metrics['seconds']:.1f} {unit}/s"
     loss = "not finite, no update" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
     return ", ".join([loss, *known, speed])
+
+
+_NOW_AND_THEN = {
+    "held_out_accuracy": "held-out accuracy {:.1%}",
+    "held_out_loss": "held-out loss {:.4g}",
+    "held_out_chosen_change": "chosen answers {:+.3f} nats a token",
+    "held_out_chosen_fell": "{:.1%} of them less likely than at the start",
+    "canary_finished": "canaries {:.1%} finished",
+    "canary_repetition": "{:.1%} repeated",
+    "canary_tokens": "{:.0f} tokens each",
+}
+
+
+def _measured_now_and_then(metrics: dict[str, Any]) -> str:
+    """Return what `train.held_out_every` and `canary_every` found at a step, in words."""
+    found = {name: metrics.get(name) for name in _NOW_AND_THEN}
+    return ", ".join(_NOW_AND_THEN[name].format(value) for name, value in found.items() if value is not None)
 
 
 def _check_snapshot(

@@ -25,7 +25,6 @@ from app.training.engine import Engine, Workers
 from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
 from app.training.policy import Reference, autocast
-from app.training.proofs import NOISE_TOLERANCE
 from app.training.scoring import ScoringModel, without_noise
 from app.training.tokenization import Group
 
@@ -51,7 +50,7 @@ class StepReport:
     logp_chosen: float | None
     logp_rejected: float | None
     chosen_fell: float | None
-    """Share of chosen answers that are less likely than under the reference, by more than rounding can be."""
+    """Share of chosen answers that are less likely than under the reference; by rounding about half where nothing has moved yet."""
     kl: float | None
     """KTO's estimate of KL(policy, reference), before it is clamped to 0; a step without answers to other prompts has none."""
     grad_norm: float | None
@@ -125,7 +124,7 @@ def optimise(
             else None
         )
         kl = torch.zeros((), device=device) if measured is None else measured
-        sums = _Sums(device, dtype=section.dtype)
+        sums = _Sums(device)
         odd: list[str] = []
         batches = micro_batches(own, section.token_budget(device.type))
         # Agreed on before the first, or ranks would wait for one another's forwards.
@@ -296,8 +295,7 @@ class _Sums:
         "tokens",
     )
 
-    def __init__(self, device: torch.device, *, dtype: str) -> None:
-        self.noise = NOISE_TOLERANCE[dtype]
+    def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(len(self._NAMES), dtype=torch.float64, device=device)
 
     @property
@@ -307,7 +305,6 @@ class _Sums:
 
     def add(self, batch: PackedBatch, unit: Unit, result: Losses, scored: Scored, loss: float) -> None:
         logps, reference = scored.policy_logps.detach(), scored.reference_logps
-        noise = self.noise * scored.token_counts.sqrt()
         if unit == "pairs":
             good, bad = batch.chosen, batch.rejected
             margins = result.rewards[good] - result.rewards[bad]
@@ -322,7 +319,7 @@ class _Sums:
             float((margins == 0).sum()),
             float(logps[good].sum()),
             float(logps[bad].sum()),
-            0.0 if reference is None else float((logps[good] < reference[good] - noise[good]).sum()),
+            0.0 if reference is None else float((logps[good] < reference[good]).sum()),
             0.0 if reference is None else float(len(good)),
             float(len(good)),
             float(len(bad)),

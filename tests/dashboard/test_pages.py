@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.ledger import Ledger, now
+from app.ledger import Ledger, RunStepRow, now
 from app.storage import Home
 from tests.dashboard import stage
 from tests.dashboard.stage import FakeService
@@ -248,6 +248,16 @@ def test_the_curves_of_a_run_are_shown_with_its_newest_step(ledger: Ledger) -> N
     tab = opened("runs.py")
     assert "step 12 of 12" in words(tab)
     assert len(tab.get("vega_lite_chart")) + len(tab.get("arrow_vega_lite_chart")) == 4
+
+
+def test_what_a_run_measures_now_and_then_has_charts_of_its_own(ledger: Ledger) -> None:
+    stage.add_run(ledger, "seen-cccc", steps=12)
+    with ledger.write() as session:
+        row = session.get_one(RunStepRow, ("seen-cccc", 6))
+        row.metrics = {**row.metrics, "canary_finished": 0.5, "canary_repetition": 0.1, "held_out_accuracy": 0.6}
+    tab = opened("runs.py", run="seen-cccc")
+    assert len(tab.get("vega_lite_chart")) + len(tab.get("arrow_vega_lite_chart")) == 6
+    assert any("Canaries" in caption.value for caption in tab.caption)
 
 
 def test_a_failed_run_says_why(ledger: Ledger) -> None:

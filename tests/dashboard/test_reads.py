@@ -40,9 +40,13 @@ def test_long_curves_are_thinned_and_keep_the_newest_step(ledger: Ledger) -> Non
             sa.insert(RunStepRow),
             [{"run_id": "run", "step": s, "metrics": {"loss": 1.0}, "created_at": now()} for s in range(1, 5_432)],
         )
+        measured = session.scalars(sa.select(RunStepRow).where(RunStepRow.step.in_((1_000, 2_003)))).all()
+        measured[0].metrics = {"loss": 1.0, "held_out_loss": 0.0}
+        measured[1].metrics = {"loss": 1.0, "canary_finished": 0.5}
     points = reads.curves(ledger, "run")
-    assert 800 < len(points) <= 1_001
+    assert 800 < len(points) <= 1_003
     assert points[-1]["step"] == 5_431
+    assert {1_000, 2_003} <= {point["step"] for point in points}
 
 
 def test_a_lineage_that_turns_in_a_circle_ends(ledger: Ledger) -> None:

@@ -170,7 +170,7 @@ def of_first_models(stage):
             shutil.rmtree(path)
 
 
-def test_kto_learns_from_pairs_and_lone_judgements_with_the_kl_of_the_whole_step(cluster, stage, of_first_models):
+def test_kto_trains_on_pairs_and_lone_judgements_with_the_kl_of_the_whole_step(cluster, stage, of_first_models):
     prepared, result, rows = train_and_compare(stage, "kto", canary_every=2)
     manifest = prepared.manifest
     assert (manifest["binding"]["unit"], manifest["binding"]["strangers"]) == ("labels", True)

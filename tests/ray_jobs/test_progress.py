@@ -2,7 +2,9 @@ import io
 
 from rich.console import Console
 
+from app.ledger import RunStepRow
 from ray_jobs.progress import Meter
+from ray_jobs.train import _show
 
 
 def test_a_log_gets_one_line_for_every_tenth_part():
@@ -13,6 +15,19 @@ def test_a_log_gets_one_line_for_every_tenth_part():
             meter.show("other", 1, 100)
     lines = console.file.getvalue().splitlines()
     assert lines == [f"train: steps: {n} of 100, loss {n}" for n in range(10, 101, 10)]
+
+
+def test_what_is_measured_now_and_then_is_a_line_at_its_step():
+    console = Console(file=io.StringIO(), width=200)
+    usual = {"loss": 0.5, "reward_accuracy": 0.75, "pairs": 16, "labels": 0, "seconds": 8.0}
+    measured = {"held_out_accuracy": 0.6, "held_out_loss": 0.66, "canary_finished": 0.5, "canary_repetition": 0.125}
+    with Meter(console) as meter:
+        for step, metrics in ((1, usual), (2, usual | measured), (10, usual)):
+            _show(meter, RunStepRow(run_id="run", step=step, metrics=metrics), total=100)
+    assert console.file.getvalue().splitlines() == [
+        "train: step 2: held-out accuracy 60.0%, held-out loss 0.66, canaries 50.0% finished, 12.5% repeated",
+        "train: steps: 10 of 100, loss 0.500, reward accuracy 75%, 2.0 pairs/s",
+    ]
 
 
 def test_work_that_turns_out_to_be_more_goes_on_in_the_log():

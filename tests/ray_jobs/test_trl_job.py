@@ -65,7 +65,12 @@ def test_a_step_of_the_job_has_the_loss_and_the_gradient_of_trl(cluster, stage, 
     objective, options = name.split()[0], OBJECTIVES[name]
     section = {"adapter": "full", "batch_pairs": 1000, "epochs": 1, "max_grad_norm": 1e9}
     recipe = recipe_for(str(tiny_model), objective, options=options, **section)
-    if objective not in REFERENCE_FREE:
+    policy, reference = champion, sft
+    if objective == "kto":
+        # The other way round, or its KL is below 0 here, which counts as 0.
+        policy, reference = sft, champion
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"start": "sft"})})
+    elif objective not in REFERENCE_FREE:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"reference_model": "sft"})})
     prepared = prepare(home, ledger, recipe, pairs)
     if objective == "orpo":
@@ -75,18 +80,19 @@ def test_a_step_of_the_job_has_the_loss_and_the_gradient_of_trl(cluster, stage, 
     with ledger.read() as session:
         row = session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == run_id)).one()
     divided = [divide(g) for g in read_groups(home.artifact("training", prepared.snapshot_id), Split.TRAIN)]
-    rival = load_model(home, champion, dtype="float32")
+    rival = load_model(home, policy, dtype="float32")
     loss, gradients = trl_step(
         objective,
         recipe.train.options,
         policy=rival.model.requires_grad_(requires_grad=True),
-        reference=load_model(home, sft, dtype="float32").model,
+        reference=load_model(home, reference, dtype="float32").model,
         tokenizer=rival.tokenizer,
         groups=[own for own, _ in divided],
         strangers=[others for _, others in divided if others is not None],
         folder=tmp_path,
     )
     assert row.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert objective != "kto" or row.metrics["kl"] > 0.01
     moments = moments_of(home, run_id)
     assert moments.keys() == gradients.keys()
     ours, theirs = (

@@ -14,7 +14,7 @@ from app.config import OBJECTIVE_OPTIONS, LoraSection
 from app.errors import ModelError, TrainingError
 from app.generation import GenerationRequest, generate
 from app.training import scoring
-from app.training.batch import PackedBatch
+from app.training.batch import PackedBatch, token_bins
 from app.training.engine import SingleWorker, make_optimizer
 from app.training.held_out import measure, measure_exported
 from app.training.judgements import divide, for_unit, with_strangers
@@ -35,7 +35,7 @@ def test_the_first_loss_is_ln_2(start):
     _, reports = run(start, SECTION, make_groups(4))
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-5)
     assert reports[0].reward_ties == 1.0
-    assert reports[0].chosen_fell == 0.0
+    assert reports[0].chosen_fell == 0.0, "not one is less likely than itself"
     assert reports[0].learning_rate == 1e-3 / 2, "half way up"
 
 
@@ -89,15 +89,25 @@ def one_step(policy, groups, *, section, objective, workers, reference=None):
     return report, {name: p.grad.clone() for name, p in trainable(policy).items()}
 
 
+def packed_backwards(groups, token_budget) -> list[PackedBatch]:
+    return [PackedBatch.pack(members[::-1]) for members in token_bins(groups, token_budget)[::-1]]
+
+
 @pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
-def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, name):
+def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, name, monkeypatch):
     """KTO's KL is that of the whole step, whatever the ranks and micro-batches."""
     objective = load_objective(name, OPTIONS.get(name, {}))
     groups = groups_for(objective, 6)
     common = {"objective": objective}
     whole, expected = one_step(grown(SECTION, objective), groups, section=SECTION, workers=SingleWorker(), **common)
     small = SECTION.model_copy(update={"micro_batch_tokens": 16})
-    found = [one_step(grown(small, objective), groups[::-1], section=small, workers=SingleWorker(), **common)]
+    found = [one_step(grown(small, objective), groups, section=small, workers=SingleWorker(), **common)]
+    with monkeypatch.context() as patch:
+        patch.setattr("app.training.loop.micro_batches", packed_backwards)
+        found += [
+            one_step(grown(section, objective), groups, section=section, workers=SingleWorker(), **common)
+            for section in (SECTION, small)
+        ]
     threads, policies = Threads(2), [grown(small, objective) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         found += pool.map(
@@ -111,6 +121,18 @@ def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, 
         for parameter, gradient in gradients.items():
             apart = (gradient - expected[parameter]).norm()
             assert apart <= 1e-6 * expected[parameter].norm(), parameter
+
+
+def test_how_many_chosen_answers_fell_is_a_share_of_the_steps_pairs(grown):
+    section = SECTION.model_copy(update={"reference": "precomputed"})
+    groups = [
+        replace(group, reference_logps=(0.0 if number == 0 else -1e3,) * len(group.responses))
+        for number, group in enumerate(make_groups(4))
+    ]
+    report, _ = one_step(
+        grown(section, OBJECTIVE), groups, section=section, objective=OBJECTIVE, workers=SingleWorker()
+    )
+    assert report.chosen_fell == len(groups[0].pairs) / report.pairs
 
 
 def test_a_pair_counts_by_its_weight(grown):
@@ -181,7 +203,6 @@ def test_dropout_acts_where_answers_are_imitated_and_not_where_they_are_compared
         ]
     report, _ = one_step(policy, scored, section=section, objective=OBJECTIVE, workers=SingleWorker())
     assert report.loss == pytest.approx(math.log(2), abs=1e-5)
-    assert report.chosen_fell == 0.0
     imitation = load_objective("sft", {})
     good, _ = for_unit(groups, imitation.unit)
     losses = []

@@ -113,8 +113,10 @@ GROUPS = [group("a", 7, (5, 3)), group("b", 1, (1, 9, 4)), group("c", 12, (6,))]
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "hyperclovax"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_scores_and_gradients_equal_plain_rows_in_fp64(kind):
+@pytest.mark.parametrize(("kind", "chunk"), [*((kind, 2048) for kind in KINDS), ("llama", 5), ("gemma2", 5)])
+def test_packed_scores_and_gradients_equal_plain_rows_in_fp64(kind, chunk, monkeypatch):
+    """Also where the head scores its rows in several chunks, as it does for many answers."""
+    monkeypatch.setattr("app.training.scoring._HEAD_CHUNK", chunk)
     model = tiny_model(kind)
     weights = torch.linspace(-1, 1, 6, dtype=torch.float64)
     plain = plain_logps(model, GROUPS)
