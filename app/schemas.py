@@ -5,7 +5,9 @@ where files live or how rows are made. Ids are content hashes, so that every job
 """
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -161,7 +163,24 @@ def canonical_json(value: Any) -> str:
 
 def content_hash(value: Any) -> str:
     """Return the sha256 of a plain value, 32 hex digits."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return _digest([canonical_json(value)])
+
+
+def content_hash_of(first: Sequence[Any], rows: Iterable[Any]) -> str:
+    """Return `content_hash([*first, [*rows]])` with one row after the other in memory."""
+    head = "".join(f"{canonical_json(value)}," for value in first)
+    return _digest(
+        itertools.chain(
+            [f"[{head}["], (f"{',' if i else ''}{canonical_json(row)}" for i, row in enumerate(rows)), ["]]"]
+        )
+    )
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

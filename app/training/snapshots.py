@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from app.errors import DataError
 from app.ledger import Ledger, SnapshotRow, now
-from app.schemas import TRAINING_SCHEMA, Split, content_hash
+from app.schemas import TRAINING_SCHEMA, Split, content_hash_of
 from app.storage import Artifact, Home, read_parquet
 from app.training.batch import cut_steps
 from app.training.tokenization import Group, Label, Preference
@@ -145,12 +145,7 @@ def write_training_snapshot(
 
     One that is there already is left as it is, and written again where it is damaged.
     """
-    identity = [
-        asdict(binding),
-        rows_per_file,
-        [asdict(group) for group in groups],
-    ]
-    snapshot_id = content_hash(identity)[:16]
+    snapshot_id = content_hash_of([asdict(binding), rows_per_file], map(asdict, groups))[:16]
     artifact = home.artifact("training", snapshot_id)
     if not artifact.is_whole():
         splits: dict[str, dict[str, float]] = {}

@@ -14,6 +14,7 @@ from app.schemas import (
     ToolCall,
     canonical_json,
     content_hash,
+    content_hash_of,
     prompt_key,
 )
 
@@ -84,6 +85,8 @@ def test_equal_values_have_one_text_and_one_hash(value, data):
     assert canonical_json(again) == canonical_json(value)
     assert content_hash(again) == content_hash(value)
     assert content_hash([value]) != content_hash(value)
+    assert content_hash_of([value, 7], [value, again]) == content_hash([value, 7, [value, again]])
+    assert content_hash_of([], []) == content_hash([[]])
 
 
 def test_the_ids_are_these_for_ever():
