@@ -33,7 +33,7 @@ from app.storage import Home
 from app.training.attention import Backend
 from app.training.batch import PackedBatch
 from app.training.judgements import distinct, divide, for_unit, in_rows, with_strangers
-from app.training.objectives import Objective, load_objective, require_rows_alone
+from app.training.objectives import Objective, load_objective
 from app.training.policy import autocast
 from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, no_effect, unpackable, with_reference_logps
 from app.training.snapshots import (
@@ -80,13 +80,11 @@ def prepare(
 
     Raises:
         ModelError: the attention of the recipe has no effect on this model, whose answers share no prompt.
-        RecipeError: the recipe says something of a reference, and its objective has none; or that gives no loss, or one
-            that depends on other rows.
+        RecipeError: the recipe says something of a reference, and its objective has none; or that gives no loss.
         DataError: no row can train, a row is too long and the recipe refuses that, or rows may be longer than the model's
             context.
     """
     objective = load_objective(recipe.train.objective, recipe.train.options)
-    require_rows_alone(objective)
     require_reference_in_use(recipe, objective)
     start = named_model(home, ledger, recipe, recipe.model.start)
     reference = named_model(home, ledger, recipe, recipe.model.reference_model)

@@ -62,7 +62,7 @@ from app.storage import Artifact, Home, arrow_filesystem, remove_if_allowed
 from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
 from app.training.judgements import Unit, balanced, distinct
-from app.training.objectives import Objective, load_objective, require_rows_alone
+from app.training.objectives import Objective, load_objective
 from app.training.scoring import alike_up_to, unpackable
 from app.training.snapshots import (
     SHUFFLE_WINDOW,
@@ -155,7 +155,6 @@ def _train(
     held_out = int(snapshot.verify()["splits"][Split.HELD_OUT.value]["rows"])
     files = tuple(train_files(snapshot))
     objective = load_objective(recipe.train.objective, recipe.train.options)
-    require_rows_alone(objective)
     require_reference_in_use(recipe, objective)
     counts = _check_snapshot(home, snapshot, recipe, objective, start, reference)
     # Snapshots from before there were objectives without pairs do not know these weights, and need none.
@@ -176,6 +175,10 @@ def _train(
         *unusual_options(section.objective, section.options, tuned_by=tuned_by),
         *_warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu),
     ]
+    if objective.coupled:
+        warnings.append(
+            f"the loss that `{objective.name}` gives a row depends on the rows beside it: it is given a whole step at once, which is scored twice for that"
+        )
     if console is not None:
         for warning in warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)

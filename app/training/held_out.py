@@ -8,14 +8,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
 
 from app.config import TrainSection
 from app.training.batch import filler, micro_batches, rank_share
+from app.training.coupling import couple
 from app.training.engine import Workers
-from app.training.loop import Totals, score_losses
+from app.training.loop import Totals, score_batch
 from app.training.objectives import Objective
 from app.training.policy import Reference, merged, precomputed
 from app.training.scoring import ScoringModel, with_reference_logps
@@ -111,14 +113,21 @@ def measure(
     totals = Totals.of(groups, objective.unit)
     kl = torch.zeros((), device=device)
     mine = rank_share(groups, rank=workers.rank, world_size=workers.size)
-    batches = micro_batches(mine, section.token_budget(device.type))
-    idle = workers.rounds(len(batches)) - len(batches)
+    batches = [batch.to(device) for batch in micro_batches(mine, section.token_budget(device.type))]
+    idle = [filler(groups).to(device) for _ in range(workers.rounds(len(batches)) - len(batches))]
+    score = partial(score_batch, policy, objective, reference, section=section, mean_tokens=totals.mean_tokens, kl=kl)
+    # All that is held out is one step of such an objective.
+    shares = (
+        couple(score, batches, objective=objective, weight=totals.weight, workers=workers, idle=idle)
+        if objective.coupled
+        else None
+    )
     with torch.no_grad():
-        for number, batch in enumerate([*batches, *(filler(groups) for _ in range(idle))]):
-            batch = batch.to(device)
-            result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+        for number, batch in enumerate([*batches, *idle]):
+            scored = score(batch)
             if number >= len(batches):
                 continue
+            result = objective(scored) if shares is None else shares[number].result
             rewards, losses = result.rewards, result.losses.tolist()
             if objective.unit != "good":
                 pairs += map(

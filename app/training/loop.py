@@ -2,8 +2,8 @@
 
     for step of groups -> this rank's micro-batches -> policy -> objective -> backward -> sum over ranks -> clip -> step
 
-Every rank is given the same groups for a step and takes its share of them, so world size changes nothing about which
-rows make a step. Losses are normalised by the global weight of the step. No update is made when the loss or the
+An objective whose rows depend on one another is asked for the whole step first (`app.training.coupling`). Every rank is
+given the same groups for a step and takes its share of them, so world size changes nothing about which rows make a step. Losses are normalised by the global weight of the step. No update is made when the loss or the
 gradient norm is not finite on any rank.
 """
 
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -21,6 +22,7 @@ from app.config import TrainSection
 from app.errors import TrainingError
 from app.schemas import content_hash
 from app.training.batch import PackedBatch, filler, micro_batches, rank_share
+from app.training.coupling import couple
 from app.training.engine import Engine, Workers
 from app.training.judgements import Unit, divide
 from app.training.objectives import Losses, Objective, Scored
@@ -126,19 +128,26 @@ def optimise(
         kl = torch.zeros((), device=device) if measured is None else measured
         sums = _Sums(device)
         odd: list[str] = []
-        batches = micro_batches(own, section.token_budget(device.type))
+        batches = [batch.to(device) for batch in micro_batches(own, section.token_budget(device.type))]
         # Agreed on before the first, or ranks would wait for one another's forwards.
-        idle = workers.rounds(len(batches)) - len(batches)
-        for batch in batches:
-            batch = batch.to(device)
-            result, scored = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
+        idle = [filler(groups).to(device) for _ in range(workers.rounds(len(batches)) - len(batches))]
+        score = partial(
+            score_batch, policy, objective, reference, section=section, mean_tokens=totals.mean_tokens, kl=kl
+        )
+        shares = (
+            couple(score, batches, objective=objective, weight=totals.weight, workers=workers, idle=idle)
+            if objective.coupled
+            else None
+        )
+        for number, batch in enumerate(batches):
+            scored = score(batch)
+            result = objective(scored) if shares is None else shares[number].result
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
-            engine.backward(loss)
+            engine.backward(loss if shares is None else (shares[number].slopes * scored.policy_logps).sum())
             sums.add(batch, objective.unit, result, scored, float(loss.detach()))
             odd += itertools.compress(_ids(batch, objective), (~result.losses.isfinite()).tolist())
-        for batch in (filler(groups).to(device) for _ in range(idle)):
-            result, _ = score_losses(policy, batch, objective, reference, section, totals.mean_tokens, kl)
-            engine.backward(0.0 * result.losses.sum())
+        for batch in idle:
+            engine.backward(0.0 * score(batch).policy_logps.sum())
         workers.sum_(sums.values)
         rate = learning_rate * learning_rate_factor(
             step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule
@@ -247,20 +256,21 @@ def _kl(
     return (sums[0] / sums[1]).float() if sums[1] else None
 
 
-def score_losses(
+def score_batch(
     policy: ScoringModel,
-    batch: PackedBatch,
     objective: Objective,
     reference: Reference,
+    batch: PackedBatch,
+    *,
     section: TrainSection,
     mean_tokens: float,
     kl: Tensor | None,
-) -> tuple[Losses, Scored]:
-    """Score a batch and return what the objective makes of it, and what it saw."""
+) -> Scored:
+    """Score a batch for an objective."""
     reference_logps = reference(batch) if objective.has_reference else None
     with autocast(batch.input_ids.device, section.dtype):
         scores = policy(batch)
-    scored = Scored(
+    return Scored(
         policy_logps=scores.logps,
         reference_logps=reference_logps,
         token_counts=batch.token_counts,
@@ -272,7 +282,6 @@ def score_losses(
         agreement=scores.agreement,
         kl=kl,
     )
-    return objective(scored), scored
 
 
 class _Sums:

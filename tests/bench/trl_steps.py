@@ -7,6 +7,7 @@ and `tokenize_row`, which would make token ids out of text.
 import torch
 from datasets import Dataset
 
+AOT = "tests.training.coupled:aot"
 OBJECTIVES = {
     "dpo": {"beta": 0.3},
     "dpo with sft_weight": {"beta": 0.3, "sft_weight": 0.7},
@@ -23,8 +24,9 @@ OBJECTIVES = {
     "sft": {},
     "kto": {"beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.25},
     "apo_zero_unpaired": {"beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.25},
+    AOT: {"beta": 0.3},
 }
-"""Options by objective; a name may say more after its first word. The others, `dpop` alone, TRL does not have."""
+"""Options by objective; a name may say more after its first word. What ships beside them, `dpop` alone, TRL does not have."""
 
 _DPO = {
     "dpo": ["sigmoid"],
@@ -34,6 +36,7 @@ _DPO = {
     "dpo_norm": ["sigmoid_norm"],
     "apo_zero": ["apo_zero"],
     "apo_down": ["apo_down"],
+    AOT: ["aot"],
 }
 
 

@@ -1,5 +1,6 @@
 """One step of the actual train job, two workers, equals one step of TRL 1.16 on the same rows, for each shared objective."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_step_of_the_job_has_the_loss_and_the_gradient_of_trl(cluster, stage, 
     prepared = prepare(home, ledger, recipe, pairs)
     if objective == "orpo":
         prepared = with_prompts_of_one_token(home, ledger, prepared)
-    run_id = f"run-{name.replace(' ', '-')}"
+    run_id = f"run-{re.sub(r'[^a-z_]+', '-', name)}"
     assert train(home, ledger, recipe, prepared.snapshot_id, run_id=run_id).steps == 1
     with ledger.read() as session:
         row = session.scalars(sa.select(RunStepRow).where(RunStepRow.run_id == run_id)).one()

@@ -93,9 +93,12 @@ def packed_backwards(groups, token_budget) -> list[PackedBatch]:
     return [PackedBatch.pack(members[::-1]) for members in token_bins(groups, token_budget)[::-1]]
 
 
-@pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
+COUPLED = ("tests.training.coupled:aot", "tests.training.coupled:against_the_liked")
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVE_OPTIONS, *COUPLED])
 def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, name, monkeypatch):
-    """KTO's KL is that of the whole step, whatever the ranks and micro-batches."""
+    """KTO's KL is that of the whole step, whatever the ranks and micro-batches; so is a loss that couples its rows."""
     objective = load_objective(name, OPTIONS.get(name, {}))
     groups = groups_for(objective, 6)
     common = {"objective": objective}
@@ -121,6 +124,45 @@ def test_token_budget_order_and_workers_change_neither_loss_nor_gradient(grown, 
         for parameter, gradient in gradients.items():
             apart = (gradient - expected[parameter]).norm()
             assert apart <= 1e-6 * expected[parameter].norm(), parameter
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_loss_that_couples_its_rows_is_that_of_all_rows_of_the_step(grown, name):
+    objective = load_objective(name, {})
+    assert objective.coupled
+    section = SECTION.model_copy(update={"micro_batch_tokens": 16, "reference": "precomputed", "max_grad_norm": 1e9})
+    groups = [
+        replace(group, reference_logps=tuple(-3.0 - 0.1 * i for i in range(len(group.responses))))
+        for group in groups_for(objective, 6)
+    ]
+    policy = grown(section, objective)
+    batch = PackedBatch.pack(groups)
+    logps = policy(batch).logps
+    asked = {"policy_logps": logps, "reference_logps": batch.reference_logps}
+    ids, judged, weights = (
+        (batch.pair_ids, ("chosen", "rejected"), batch.weights)
+        if objective.unit == "pairs"
+        else (batch.label_ids, ("responses", "desirable"), batch.label_weights)
+    )
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    asked |= {name: getattr(batch, name)[order] for name in judged}
+    losses = objective.function(**{name: asked[name] for name in objective.needs}).losses
+    weights = weights[order].double()
+    expected = (losses * weights).sum() / weights.sum()
+    expected.backward()
+    direct = {name: parameter.grad.clone() for name, parameter in trainable(policy).items()}
+    policy.zero_grad()
+    report, gradients = one_step(policy, groups, section=section, objective=objective, workers=SingleWorker())
+    assert report.loss == pytest.approx(float(expected), rel=1e-6)
+    for parameter, gradient in gradients.items():
+        assert (gradient - direct[parameter]).norm() <= 1e-6 * direct[parameter].norm(), parameter
+    held = [
+        measure(policy, groups, objective=objective, reference=precomputed, section=small, workers=SingleWorker())
+        for small in (section, section.model_copy(update={"micro_batch_tokens": 4096}))
+    ]
+    rows = [[row.loss for row in (found.pairs if objective.unit == "pairs" else found.answers)] for found in held]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+    assert len(set(rows[0])) > 1
 
 
 def test_how_many_chosen_answers_fell_is_a_share_of_the_steps_pairs(grown):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, TAKES_LONE_ANSWERS, parse_recipe
 from app.errors import RecipeError
 from app.training import certify, objectives
-from app.training.objectives import Losses, Scored, load_objective, require_rows_alone
+from app.training.objectives import Losses, Scored, couples_rows, load_objective
 
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([2, 3])
 COUNTS = torch.tensor([5, 1, 2, 4])
@@ -209,26 +209,24 @@ def test_a_function_of_ones_own_gets_what_it_asks_for():
 
 @pytest.mark.parametrize("name", OBJECTIVE_OPTIONS)
 def test_what_ships_gives_a_row_its_loss_whatever_is_beside_it(name):
-    require_rows_alone(shipped(name))
+    assert not couples_rows(shipped(name))
 
 
 @pytest.mark.parametrize("function", [sorted_by_reward, centred])
-def test_a_function_whose_loss_of_a_row_depends_on_other_rows_is_refused(function):
-    with pytest.raises(
-        RecipeError, match=f"{function.__name__}` gives a row another loss where other rows are beside it"
-    ):
-        require_rows_alone(load_objective(f"{__name__}:{function.__name__}", {}))
+def test_a_function_whose_loss_of_a_row_depends_on_other_rows_is_known_as_such(function):
+    assert load_objective(f"{__name__}:{function.__name__}", {}).coupled
+    assert not load_objective(f"{__name__}:own", {"pull": 2.0}).coupled
 
 
 def test_a_function_that_gives_no_loss_is_refused_with_its_options_before_anything_is_scored():
     with pytest.raises(RecipeError, match=r"gives made-up rows no loss, with the options pull='5e-2': TypeError: "):
-        require_rows_alone(load_objective(f"{__name__}:own", {"pull": "5e-2"}))
+        load_objective(f"{__name__}:own", {"pull": "5e-2"})
     with pytest.raises(RecipeError, match=r"with the options \(none\): NotImplementedError"):
-        require_rows_alone(load_objective(f"{__name__}:unwritten", {}))
+        load_objective(f"{__name__}:unwritten", {})
 
 
 def test_weights_that_are_to_be_balanced_are_tried_as_one():
-    require_rows_alone(load_objective("app.training.objectives:kto", {"beta": 0.1}))
+    assert not couples_rows(load_objective("app.training.objectives:kto", {"beta": 0.1}))
 
 
 def test_only_a_function_of_ones_own_has_a_source():

@@ -1,0 +1,140 @@
+"""Objectives whose loss of a row depends on other rows, exact over the whole step.
+
+    every micro-batch of every rank, scored without gradients -> one step of rows -> losses, differentiated by the
+    log-probabilities -> for each micro-batch its losses and these derivatives
+
+The caller scores again with gradients and multiplies: sum of dL/dS_i times S_i has the gradient of L. So packing, token
+budget and the number of workers change nothing, for a second forward. Rows of the step stand in the order of their ids.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from app.training.batch import PackedBatch
+from app.training.engine import Workers
+from app.training.objectives import Losses, Objective, Scored
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a whole step makes of one micro-batch."""
+
+    result: Losses
+    slopes: Tensor
+    """[N]: derivative of the step's loss by the log-probability of each response."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One scored micro-batch, on the CPU, as ranks send it to one another."""
+
+    rank: int
+    scored: Scored
+    ids: tuple[str, ...]
+    weights: Tensor
+
+
+def couple(
+    score: Callable[[PackedBatch], Scored],
+    batches: Sequence[PackedBatch],
+    *,
+    objective: Objective,
+    weight: float,
+    workers: Workers,
+    idle: Sequence[PackedBatch] = (),
+) -> list[Share]:
+    """Return the shares of this rank's micro-batches in the loss of the whole step; every rank calls it.
+
+    Args:
+        score: scores a batch; it is asked without gradients.
+        batches: this rank's micro-batches.
+        objective: asked once, for all rows of all ranks.
+        weight: of all judgements of the step.
+        workers: the ranks.
+        idle: scored, too, and counted nowhere: forwards that the others make.
+    """
+    with torch.no_grad():
+        scored = [score(batch) for batch in (*batches, *idle)][: len(batches)]
+    in_pairs = objective.unit == "pairs"
+    own = [
+        _Part(
+            workers.rank,
+            _on_cpu(part),
+            batch.pair_ids if in_pairs else batch.label_ids,
+            (batch.weights if in_pairs else batch.label_weights).cpu(),
+        )
+        for part, batch in zip(scored, batches, strict=True)
+    ]
+    parts = workers.gather(own)
+    if not own:
+        return []
+    firsts = [0, *itertools.accumulate(len(part.scored.policy_logps) for part in parts)]
+    ids = [name for part in parts for name in part.ids]
+    order = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+    whole = _whole([part.scored for part in parts], firsts, order, in_pairs=in_pairs)
+    with torch.enable_grad():
+        logps = whole.policy_logps.requires_grad_()
+        result = objective(whole)
+        weights = torch.cat([part.weights for part in parts])[order]
+        (slopes,) = torch.autograd.grad((result.losses * weights).sum() / weight, logps)
+    # Back from the order of ids to that of the parts.
+    losses = torch.empty_like(result.losses.detach()).index_copy_(0, order, result.losses.detach())
+    judged = [0, *itertools.accumulate(len(part.ids) for part in parts)]
+    return [
+        Share(
+            Losses(losses[begin:end].to(device), result.rewards[first:last].to(device)), slopes[first:last].to(device)
+        )
+        for part, (begin, end), (first, last) in zip(
+            parts, itertools.pairwise(judged), itertools.pairwise(firsts), strict=True
+        )
+        if part.rank == workers.rank
+        for device in [scored[0].policy_logps.device]
+    ]
+
+
+def _on_cpu(scored: Scored) -> Scored:
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().cpu()
+
+    return replace(
+        scored,
+        policy_logps=scored.policy_logps.detach().cpu(),
+        token_counts=scored.token_counts.cpu(),
+        chosen=scored.chosen.cpu(),
+        rejected=scored.rejected.cpu(),
+        responses=scored.responses.cpu(),
+        desirable=scored.desirable.cpu(),
+        reference_logps=moved(scored.reference_logps),
+        agreement=moved(scored.agreement),
+        kl=moved(scored.kl),
+    )
+
+
+def _whole(parts: Sequence[Scored], firsts: Sequence[int], order: Tensor, *, in_pairs: bool) -> Scored:
+    """Put scored micro-batches together, with judgements in a given order."""
+
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        known = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(known) if len(known) == len(tensors) else None
+
+    def indices(name: str, *, judged: bool) -> Tensor:
+        found = torch.cat([getattr(part, name) + first for part, first in zip(parts, firsts, strict=False)])
+        return found[order] if judged else found
+
+    desirable = torch.cat([part.desirable for part in parts])
+    return Scored(
+        policy_logps=torch.cat([part.policy_logps for part in parts]),
+        token_counts=torch.cat([part.token_counts for part in parts]),
+        chosen=indices("chosen", judged=in_pairs),
+        rejected=indices("rejected", judged=in_pairs),
+        responses=indices("responses", judged=not in_pairs),
+        desirable=desirable if in_pairs else desirable[order],
+        mean_tokens=parts[0].mean_tokens,
+        reference_logps=joined([part.reference_logps for part in parts]),
+        agreement=joined([part.agreement for part in parts]),
+        kl=parts[0].kl,
+    )
