@@ -72,6 +72,7 @@ def couple(
     parts = workers.gather(own)
     if not own:
         return []
+    device = scored[0].policy_logps.device
     firsts = [0, *itertools.accumulate(len(part.scored.policy_logps) for part in parts)]
     ids = [name for part in parts for name in part.ids]
     order = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
@@ -92,7 +93,6 @@ def couple(
             parts, itertools.pairwise(judged), itertools.pairwise(firsts), strict=True
         )
         if part.rank == workers.rank
-        for device in [scored[0].policy_logps.device]
     ]
 
 
