@@ -9,6 +9,7 @@ is ever run, and nothing is unpickled. This module does not know how a model is 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,10 @@ _ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".mode
 _PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 # Keys by which a config can make transformers import or run something of the folder's choosing.
 _FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_attn_implementation_internal"})
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Cuda failure 'out of memory'", "STATUS_ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|CUDA(?: driver)? error: out of memory|Cuda failure (?:\d+ )?'out of memory'|STATUS_ALLOC_FAILED"
+    r"|Triton Error \[CUDA\]: out of memory"
+)
 _SHAPES = "128"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -317,7 +321,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     PyTorch has an error of its own for what its allocator asks of a GPU alone; of what CUDA, cuBLAS, NCCL and the CPU's
     allocator are refused only the text tells.
     """
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(told in str(error) for told in _NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def device_of(gpu_ids: Sequence[object]) -> torch.device:

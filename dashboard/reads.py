@@ -4,6 +4,7 @@ Every read is one short transaction on SQL aggregates and limits, or a projected
 the same with fifty rows and with a million. Nothing here writes, and nothing knows of Streamlit or HTTP.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -246,18 +247,22 @@ def last_step(ledger: Ledger, run_id: str) -> int:
 def curves(ledger: Ledger, run_id: str) -> list[dict[str, Any]]:
     """Return the metrics of a run by step, thinned evenly to about a thousand steps.
 
-    The newest step is always among them, and so are those at which something was measured that is measured now and then.
+    The newest step is always among them, and about a thousand of those at which something was measured that is measured now and then.
     """
     last = last_step(ledger, run_id)
     stride = max(1, -(-last // _CURVE_POINTS))
-    rare = [RunStepRow.metrics[name].as_float().is_not(None) for name in ("held_out_loss", "canary_finished")]
+    measured = [RunStepRow.metrics[name].as_float().is_not(None) for name in ("held_out_loss", "canary_finished")]
     with ledger.read() as session:
         rows = session.execute(
             sa.select(RunStepRow.step, RunStepRow.metrics)
-            .where(RunStepRow.run_id == run_id, sa.or_(RunStepRow.step % stride == last % stride, *rare))
+            .where(RunStepRow.run_id == run_id, sa.or_(RunStepRow.step % stride == last % stride, *measured))
             .order_by(RunStepRow.step)
         ).all()
-    return [{**metrics, "step": step} for step, metrics in rows]
+    even = [step % stride == last % stride for step, _ in rows]
+    rare = itertools.count()
+    thinner = -(-even.count(False) // _CURVE_POINTS) or 1
+    kept = [row for row, is_even in zip(rows, even, strict=True) if is_even or next(rare) % thinner == 0]
+    return [{**metrics, "step": step} for step, metrics in kept]
 
 
 def models(ledger: Ledger, *, limit: int) -> list[ModelRow]:

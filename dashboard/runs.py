@@ -140,20 +140,23 @@ def _charts(curves: list[dict[str, Any]]) -> None:
         st.caption("Log-probability of chosen and rejected answers, in nats")
         _chart(curves, {"logp_chosen": "chosen", "logp_rejected": "rejected"}, alt.Scale(zero=False))
     measured = [chart for chart in _NOW_AND_THEN if any(name in row for row in curves for name in chart[1])]
-    for place, (caption, names) in zip(st.columns(2, gap="small"), measured, strict=False):
+    for place, (caption, names, scale) in zip(st.columns(max(1, len(measured)), gap="small"), measured, strict=False):
         with place:
             st.caption(caption)
-            _chart(curves, names, alt.Scale(domain=[0, 1]))
+            _chart(curves, names, scale)
 
 
-_NOW_AND_THEN = (
+_NOW_AND_THEN: tuple[tuple[str, dict[str, str], alt.Scale], ...] = (
+    ("Loss of what is held out", {"held_out_loss": "loss"}, alt.Scale(zero=False)),
     (
         "Held out: pairs with a positive margin, and chosen answers that are less likely than at the start",
         {"held_out_accuracy": "reward accuracy", "held_out_chosen_fell": "chosen fell"},
+        alt.Scale(domain=[0, 1]),
     ),
     (
         "Canaries, greedy answers to a few prompts: share that ends by itself, share of 4-word runs that occurred before",
         {"canary_finished": "finished", "canary_repetition": "repetition"},
+        alt.Scale(domain=[0, 1]),
     ),
 )
 """Charts of what a run measures where its recipe says how often."""
@@ -172,7 +175,9 @@ def _chart(curves: list[dict[str, Any]], names: dict[str, str], scale: alt.Scale
     legend = alt.Legend(orient="bottom", direction="horizontal", padding=0) if len(names) > 1 else None
     chart = (
         alt.Chart(pa.Table.from_pylist(points))
-        .mark_line(point=alt.OverlayMarkDef(size=14) if len(curves) < _FEW_POINTS else False, strokeWidth=1.6)
+        .mark_line(
+            point=alt.OverlayMarkDef(size=14) if len(points) < _FEW_POINTS * len(names) else False, strokeWidth=1.6
+        )
         .encode(
             x=alt.X("step:Q", title=None, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1)),
             y=alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=5)),

@@ -39,7 +39,6 @@ from app.training.scoring import AS_ASKED, ScoringModel, alike_up_to, no_effect,
 from app.training.snapshots import (
     Binding,
     Scored,
-    from_row,
     global_order,
     groups_of_table,
     known_scores,
@@ -217,13 +216,17 @@ def score_reference(
         ServiceError: the cluster has no room for one actor, or actors die again and again.
         DataError: rows were lost.
     """
-    unscored = pa.Table.from_pylist([to_row(g, i) for i, g in enumerate(groups)], schema=TRAINING_SCHEMA)
     workers = recipe.workers
     require_room(workers, 1)  # the others join as they find room
     settle_ray_data(in_order=True)
     # Each block is a step of the pass that is seen; all actors have one.
     length = min(_SCORE_BATCH, math.ceil(len(groups) / workers.workers))
-    slices = [unscored.slice(start, length) for start in range(0, len(groups), length)]
+    slices = [
+        pa.Table.from_pylist(
+            [to_row(group, start + i) for i, group in enumerate(groups[start : start + length])], schema=TRAINING_SCHEMA
+        )
+        for start in range(0, len(groups), length)
+    ]
     scored = ray.data.from_arrow(slices).map_batches(
         ReferenceScorer,
         fn_constructor_kwargs={
@@ -241,20 +244,20 @@ def score_reference(
         compute=ray.data.ActorPoolStrategy(size=workers.workers),
         ray_remote_args_fn=mortal,
     )
-    rows: list[dict[str, Any]] = []
+    found: dict[int, tuple[float, ...]] = {}
     with (
         told_of_dead_actors("that scores with the reference", workers.workers),
         Meter(console) if console is not None else nullcontext() as meter,
     ):
         for table in scored.iter_batches(batch_size=_SCORE_BATCH, batch_format="pyarrow"):
-            rows += cast("pa.Table", table).to_pylist()
+            indices, scores = (cast("pa.Table", table)[name].to_pylist() for name in ("row_index", "reference_logps"))
+            found.update(zip(indices, map(tuple, scores), strict=True))
             if meter is not None:
-                meter.show("prepare: prompts scored by the reference", len(rows), len(groups))
-    by_index = {row["row_index"]: from_row(row) for row in rows}
-    if len(by_index) != len(groups):
-        msg = f"the reference pass returned {len(by_index)} of {len(groups)} rows"
+                meter.show("prepare: prompts scored by the reference", len(found), len(groups))
+    if found.keys() != set(range(len(groups))):
+        msg = f"the reference pass returned {len(found)} of {len(groups)} rows"
         raise DataError(msg)
-    return [by_index[i] for i in range(len(groups))]
+    return [replace(group, reference_logps=found[i]) for i, group in enumerate(groups)]
 
 
 class ReferenceScorer:

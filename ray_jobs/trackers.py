@@ -184,8 +184,8 @@ class Follower:
                 named = f"{', '.join(odd[:_FEW])}{' …' if len(odd) > _FEW else ''}"
                 line = f"warning: step {row.step} made no update, a loss or gradient of it is not finite; rows: {named}"
                 self._console.print(line, highlight=False, markup=False)
-        if rows and meter is not None:
-            self._show(meter, rows[-1])
+            if meter is not None:
+                self._show(meter, row)
         self._warn()
 
     def _warn(self) -> None:

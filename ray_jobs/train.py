@@ -585,7 +585,7 @@ def _changed(row: RunRow, tree: dict[str, Any], task: TrainTask, reference: Mode
 
 
 def own_snapshot(home: Home, ledger: Ledger, recipe: Recipe, run_id: str | None) -> str | None:
-    """Return the training snapshot that a run began with, though newer feedback makes another one by now.
+    """Return the training snapshot that an unfinished run began with, though newer feedback makes another one by now.
 
     None where it is a new run, or one that another recipe began, or the home has its snapshot no more.
     """
@@ -594,7 +594,16 @@ def own_snapshot(home: Home, ledger: Ledger, recipe: Recipe, run_id: str | None)
     if row is None or row.snapshot_id is None:
         return None
     before, after = row.recipe, recipe.model_dump(mode="json")
-    if before.get("snapshot") != after["snapshot"] or differing(_numbers(before), _numbers(after)):
+    asked = [
+        {
+            **_numbers(tree),
+            "snapshot": tree.get("snapshot"),
+            "pairs": tree.get("pairs"),
+            "deployment": tree["serving"]["deployment"],
+        }
+        for tree in (before, after)
+    ]
+    if row.status == "succeeded" or differing(*asked):
         return None
     return row.snapshot_id if home.artifact("training", row.snapshot_id).exists() else None
 
@@ -659,6 +668,8 @@ def _body(session: Session, options: argparse.Namespace) -> int:
         require_train_room(recipe)
         preflight(home, home.ledger_url)
         snapshot_id = options.training_snapshot or own_snapshot(home, ledger, recipe, options.run)
+        if snapshot_id is not None and options.training_snapshot is None:
+            console.print(f"training snapshot {snapshot_id}, which the run began with", highlight=False)
         if snapshot_id is None:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)

@@ -4,7 +4,8 @@
     log-probabilities -> for each micro-batch its losses and these derivatives
 
 The caller scores again with gradients and multiplies: sum of dL/dS_i times S_i has the gradient of L. So packing, token
-budget and the number of workers change nothing, for a second forward. Rows of the step stand in the order of their ids.
+budget and the number of workers change nothing, for a second forward. Judgements stand in the order of their ids, the liked one of two first; what
+is random in a forward must be the same in both.
 """
 
 import itertools
@@ -45,6 +46,7 @@ def couple(
     objective: Objective,
     weight: float,
     workers: Workers,
+    device: torch.device,
     idle: Sequence[PackedBatch] = (),
 ) -> list[Share]:
     """Return the shares of this rank's micro-batches in the loss of the whole step; every rank calls it.
@@ -55,10 +57,11 @@ def couple(
         objective: asked once, for all rows of all ranks.
         weight: of all judgements of the step.
         workers: the ranks.
+        device: where batches are scored.
         idle: scored, too, and counted nowhere: forwards that the others make.
     """
     with torch.no_grad():
-        scored = [score(batch) for batch in (*batches, *idle)][: len(batches)]
+        scored = [score(batch.to(device)) for batch in (*batches, *idle)][: len(batches)]
     in_pairs = objective.unit == "pairs"
     own = [
         _Part(
@@ -72,10 +75,15 @@ def couple(
     parts = workers.gather(own)
     if not own:
         return []
-    device = scored[0].policy_logps.device
     firsts = [0, *itertools.accumulate(len(part.scored.policy_logps) for part in parts)]
-    ids = [name for part in parts for name in part.ids]
-    order = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+    keys = [
+        (name, not liked)
+        for part in parts
+        for name, liked in zip(
+            part.ids, itertools.repeat(True) if in_pairs else part.scored.desirable.tolist(), strict=False
+        )
+    ]
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     whole = _whole([part.scored for part in parts], firsts, order, in_pairs=in_pairs)
     with torch.enable_grad():
         logps = whole.policy_logps.requires_grad_()

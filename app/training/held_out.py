@@ -113,17 +113,18 @@ def measure(
     totals = Totals.of(groups, objective.unit)
     kl = torch.zeros((), device=device)
     mine = rank_share(groups, rank=workers.rank, world_size=workers.size)
-    batches = [batch.to(device) for batch in micro_batches(mine, section.token_budget(device.type))]
-    idle = [filler(groups).to(device) for _ in range(workers.rounds(len(batches)) - len(batches))]
+    batches = micro_batches(mine, section.token_budget(device.type))
+    idle = [filler(groups) for _ in range(workers.rounds(len(batches)) - len(batches))]
     score = partial(score_batch, policy, objective, reference, section=section, mean_tokens=totals.mean_tokens, kl=kl)
     # All that is held out is one step of such an objective.
     shares = (
-        couple(score, batches, objective=objective, weight=totals.weight, workers=workers, idle=idle)
+        couple(score, batches, objective=objective, weight=totals.weight, workers=workers, device=device, idle=idle)
         if objective.coupled
         else None
     )
     with torch.no_grad():
         for number, batch in enumerate([*batches, *idle]):
+            batch = batch.to(device)
             scored = score(batch)
             if number >= len(batches):
                 continue

@@ -112,7 +112,8 @@ def optimise(
     for step, (groups, waited) in enumerate(_waited_for(steps), start=done_steps):
         began = time.perf_counter()
         # Of what is random in a forward nothing has to be kept for a resume.
-        torch.manual_seed(int(content_hash([section.seed, step, workers.rank])[:15], 16))
+        seed = int(content_hash([section.seed, step, workers.rank])[:15], 16)
+        torch.manual_seed(seed)
         if objective.unit == "good":
             policy.train()
         else:
@@ -128,18 +129,21 @@ def optimise(
         kl = torch.zeros((), device=device) if measured is None else measured
         sums = _Sums(device)
         odd: list[str] = []
-        batches = [batch.to(device) for batch in micro_batches(own, section.token_budget(device.type))]
+        batches = micro_batches(own, section.token_budget(device.type))
         # Agreed on before the first, or ranks would wait for one another's forwards.
-        idle = [filler(groups).to(device) for _ in range(workers.rounds(len(batches)) - len(batches))]
+        idle = [filler(groups) for _ in range(workers.rounds(len(batches)) - len(batches))]
         score = partial(
             score_batch, policy, objective, reference, section=section, mean_tokens=totals.mean_tokens, kl=kl
         )
-        shares = (
-            couple(score, batches, objective=objective, weight=totals.weight, workers=workers, idle=idle)
-            if objective.coupled
-            else None
-        )
+        shares = None
+        if objective.coupled:
+            weight = totals.weight
+            shares = couple(
+                score, batches, objective=objective, weight=weight, workers=workers, device=device, idle=idle
+            )
+            torch.manual_seed(seed)  # the same dropout in both forwards
         for number, batch in enumerate(batches):
+            batch = batch.to(device)
             scored = score(batch)
             result = objective(scored) if shares is None else shares[number].result
             loss = (result.losses * _weights(batch, objective)).sum() / totals.weight
@@ -147,7 +151,7 @@ def optimise(
             sums.add(batch, objective.unit, result, scored, float(loss.detach()))
             odd += itertools.compress(_ids(batch, objective), (~result.losses.isfinite()).tolist())
         for batch in idle:
-            engine.backward(0.0 * score(batch).policy_logps.sum())
+            engine.backward(0.0 * score(batch.to(device)).policy_logps.sum())
         workers.sum_(sums.values)
         rate = learning_rate * learning_rate_factor(
             step, total_steps=total_steps, warmup_ratio=section.warmup_ratio, schedule=section.schedule

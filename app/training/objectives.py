@@ -95,7 +95,7 @@ class Objective:
     @property
     def source(self) -> str:
         """The source of a function of one's own, without comments; empty for one that ships, and where none can be read."""
-        if self.function.__module__ == __name__:
+        if ":" not in self.name:
             return ""
         try:
             return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(self.function))))
@@ -170,22 +170,23 @@ def load_objective(name: str, options: Mapping[str, Any]) -> Objective:
     if "wpo" in taken and not bound.get("wpo"):
         needs.discard("agreement")
     objective = Objective(name, function, bound, frozenset(needs))
-    return objective if function.__module__ == __name__ else replace(objective, coupled=couples_rows(objective))
+    return replace(objective, coupled=couples_rows(objective)) if attribute else objective
 
 
 def couples_rows(objective: Objective) -> bool:
-    """Say whether losses of made-up rows are other ones than those of either half of them; weights that are to be balanced are 1.
+    """Say whether made-up rows have other losses or rewards than either half of them; weights that are to be balanced are 1.
 
     Raises:
-        RecipeError: there is no loss.
+        RecipeError: there is no loss, or another one the second time.
     """
     objective = replace(objective, options={**objective.options, **dict.fromkeys(objective.open_weights, 1.0)})
     rows = 16
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(2, 5, (rows,), generator=generator)
     policy, reference, agreement = (-counts * torch.rand(rows, generator=generator) for _ in range(3))
+    liked = torch.arange(rows) % 5 < 2  # another share of either half
 
-    def losses(first: int, last: int) -> Tensor:
+    def told(first: int, last: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(last - first)
         part = slice(first, last)
         scored = Scored(
@@ -195,23 +196,29 @@ def couples_rows(objective: Objective) -> bool:
             chosen=indices[::2],
             rejected=indices[1::2],
             responses=indices,
-            desirable=indices % 2 == 0,
+            desirable=liked[part],
             mean_tokens=3.0,
             agreement=agreement[part],
             kl=torch.tensor(0.1),
         )
-        return objective(scored).losses
+        found = objective(scored)
+        return found.losses.detach(), found.rewards.detach()
 
     try:
-        together = losses(0, rows)
-        halves = torch.cat([losses(0, rows // 2), losses(rows // 2, rows)])
+        together, again = told(0, rows), told(0, rows)
+        halves = [torch.cat(parts) for parts in zip(told(0, rows // 2), told(rows // 2, rows), strict=True)]
     except RecipeError:
         raise
     except Exception as error:  # a function of the user's may raise anything
         shown = ", ".join(f"{name}={value!r}" for name, value in objective.options.items())
         msg = f"objective `{objective.name}` gives made-up rows no loss, with the options {shown or '(none)'}: {type(error).__name__}: {error}"
         raise RecipeError(msg) from error
-    return not torch.allclose(together, halves, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(together, again, strict=True)):
+        msg = f"objective `{objective.name}` gives the same rows another loss each time it is asked, so a run would depend on workers and on what was asked before\n\nHint: keep nothing between calls, and draw nothing at random."
+        raise RecipeError(msg)
+    return not all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in zip(together, halves, strict=True)
+    )
 
 
 def _parameter(option: str) -> str:

@@ -217,6 +217,8 @@ def test_a_model_of_an_object_store_is_loaded_like_one_of_a_folder(home, ledger,
         torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 2),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 'out of memory'"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -47,6 +47,10 @@ def test_long_curves_are_thinned_and_keep_the_newest_step(ledger: Ledger) -> Non
     assert 800 < len(points) <= 1_003
     assert points[-1]["step"] == 5_431
     assert {1_000, 2_003} <= {point["step"] for point in points}
+    with ledger.write() as session:
+        for row in session.scalars(sa.select(RunStepRow)):
+            row.metrics = {"loss": 1.0, "held_out_loss": 0.5}
+    assert len(reads.curves(ledger, "run")) <= 2_002
 
 
 def test_a_lineage_that_turns_in_a_circle_ends(ledger: Ledger) -> None:

@@ -137,7 +137,7 @@ def follow(home, ledger, console=None, **sinks):
     """Follow the run with sinks of the test in the place of real ones."""
     trackers = Trackers(TrackSection(to=tuple(sinks)), home, "run-1", {})
     trackers._make = {kind: lambda s=sink: s for kind, sink in sinks.items()}
-    return Follower(ledger, "run-1", trackers, console, lambda meter, row: None)
+    return Follower(ledger, "run-1", trackers, console, lambda meter, row: meter.say(f"shown: {row.step}"))
 
 
 @pytest.fixture
@@ -179,6 +179,15 @@ def test_a_broken_sink_is_told_of_once_and_the_others_go_on(home, ledger, step):
     with ledger.read() as session:
         rows = session.scalars(sa.select(AuditRow).where(AuditRow.action == "tracker lost")).all()
     assert [row.detail["tracker"] for row in rows] == ["mlflow"]
+
+
+def test_steps_that_follow_one_another_at_once_are_all_shown(home, ledger, step):
+    printed = io.StringIO()
+    follower = follow(home, ledger, Console(file=printed, width=200))
+    for number in range(1, 6):
+        step(number)
+    follower.end((5, {}))
+    assert printed.getvalue().splitlines() == [f"shown: {number}" for number in range(1, 6)]
 
 
 def test_a_sink_that_hangs_does_not_hold_up_the_end_of_a_run(home, ledger, step, monkeypatch):

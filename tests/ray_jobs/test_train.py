@@ -433,9 +433,17 @@ def test_a_run_goes_on_with_the_snapshot_of_its_beginning_and_another_recipe_wit
     assert own_snapshot(home, ledger, recipe, "mine") == snapshot_id
     assert own_snapshot(home, ledger, recipe_for(sft, micro_batch_tokens=128), "mine") == snapshot_id
     assert own_snapshot(home, ledger, recipe_for(sft, options={"beta": 0.2}), "mine") is None
-    assert own_snapshot(home, ledger, recipe.model_copy(update={"snapshot": "other"}), "mine") is None
+    for change in (
+        {"snapshot": "other"},
+        {"pairs": recipe.pairs.model_copy(update={"max_pairs_per_prompt": 1})},
+        {"serving": recipe.serving.model_copy(update={"deployment": "other"})},
+    ):
+        assert own_snapshot(home, ledger, recipe.model_copy(update=change), "mine") is None
     assert own_snapshot(home, ledger, recipe, None) is None
     assert own_snapshot(Home.at(tmp_path), ledger, recipe, "mine") is None
+    with ledger.write() as session:
+        session.get_one(RunRow, "mine").status = "succeeded"
+    assert own_snapshot(home, ledger, recipe, "mine") is None
 
 
 def test_what_memory_held_counts_until_a_recipe_says_something_else_of_memory(cluster, stage, attempts):

@@ -19,6 +19,12 @@ def aot(
     return Losses(losses, (beta * (policy_logps - reference_logps)).detach())
 
 
+def against_the_mean(policy_logps: Tensor, responses: Tensor) -> Losses:
+    """Each good answer against the mean of them."""
+    scores = policy_logps[responses]
+    return Losses((scores - scores.mean()).square(), policy_logps.detach())
+
+
 def against_the_liked(policy_logps: Tensor, responses: Tensor, desirable: Tensor) -> Losses:
     """Each judged answer against the mean of the liked ones, in the order in which they are given."""
     scores = policy_logps[responses]

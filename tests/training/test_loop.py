@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM,
 from app.config import OBJECTIVE_OPTIONS, LoraSection
 from app.errors import ModelError, TrainingError
 from app.generation import GenerationRequest, generate
-from app.training import scoring
+from app.training import loop, scoring
 from app.training.batch import PackedBatch, token_bins
 from app.training.engine import SingleWorker, make_optimizer
 from app.training.held_out import measure, measure_exported
@@ -23,7 +23,7 @@ from app.training.objectives import Losses, Objective, load_objective
 from app.training.policy import adapter_off, autocast, build_policy, frozen, merged, precomputed, trainable
 from app.training.proofs import check_packing, check_step_zero
 from app.training.scoring import ScoringModel, generating, plain_logps
-from app.training.tokenization import Group
+from app.training.tokenization import Group, Label
 from tests.training.tiny_runs import OBJECTIVE, SECTION, Threads, engine_of, make_groups, reference_of, run
 
 
@@ -252,6 +252,47 @@ def test_dropout_acts_where_answers_are_imitated_and_not_where_they_are_compared
         section = section.model_copy(update={"seed": seed, "learning_rate": 0.0})
         losses.append(one_step(policy, good, section=section, objective=imitation, workers=SingleWorker())[0].loss)
     assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_rows_of_one_id_stand_in_one_order_however_they_are_packed(grown):
+    """A pair's liked and disliked answers have one id, and may lie in different rows of its prompt."""
+    objective = load_objective("tests.training.coupled:against_the_liked", {})
+    section = SECTION.model_copy(update={"micro_batch_tokens": 16})
+    (group,) = make_groups(1)
+    rows = [
+        replace(group, group_id=name, pairs=(), responses=(answer[-3:],), labels=(Label(0, liked, 1.0, "one", "x"),))
+        for name, answer, liked in zip("ab", group.responses, (True, False), strict=True)
+    ]
+    losses = [
+        one_step(
+            grown(section, objective),
+            [replace(r, group_id=n) for r, n in zip(rows, names, strict=True)],
+            section=section,
+            objective=objective,
+            workers=SingleWorker(),
+        )[0].loss
+        for names in ("ab", "ba")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_dropout_is_the_same_in_both_forwards_of_a_loss_that_couples_its_rows(start, monkeypatch):
+    scores, score = [], loop.score_batch
+
+    def heard(*given, **named):
+        scored = score(*given, **named)
+        scores.append(scored.policy_logps.detach())
+        return scored
+
+    monkeypatch.setattr(loop, "score_batch", heard)
+    section = SECTION.model_copy(update={"adapter": "full", "micro_batch_tokens": 16})
+    policy = build_policy(replace(start(), model=gpt2()), section)
+    objective = load_objective("tests.training.coupled:against_the_mean", {})
+    groups, _ = for_unit(make_groups(4), objective.unit)
+    one_step(policy, groups, section=section, objective=objective, workers=SingleWorker(), reference=precomputed)
+    half = len(scores) // 2
+    assert half > 1
+    assert torch.equal(torch.cat(scores[:half]), torch.cat(scores[half:]))
 
 
 def test_a_gradient_is_clipped_to_the_norm_of_the_recipe_and_reported_as_it_was(grown):

@@ -4,6 +4,8 @@ import ast
 import inspect
 import math
 from dataclasses import replace
+from functools import wraps
+from itertools import count
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from app.config import OBJECTIVE_OPTIONS, REFERENCE_FREE, TAKES_LONE_ANSWERS, parse_recipe
 from app.errors import RecipeError
 from app.training import certify, objectives
-from app.training.objectives import Losses, Scored, couples_rows, load_objective
+from app.training.objectives import Losses, Scored, couples_rows, dpo, load_objective
 
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([2, 3])
 COUNTS = torch.tensor([5, 1, 2, 4])
@@ -216,6 +218,46 @@ def test_what_ships_gives_a_row_its_loss_whatever_is_beside_it(name):
 def test_a_function_whose_loss_of_a_row_depends_on_other_rows_is_known_as_such(function):
     assert load_objective(f"{__name__}:{function.__name__}", {}).coupled
     assert not load_objective(f"{__name__}:own", {"pull": 2.0}).coupled
+
+
+def balanced_in_batch(policy_logps, responses, desirable) -> Losses:
+    share = desirable.float().mean()
+    return Losses(torch.where(desirable, 1 - share, share) * -policy_logps[responses], policy_logps.detach())
+
+
+@wraps(dpo)
+def wrapped(**asked) -> Losses:
+    found = dpo(**asked)
+    return Losses(found.losses - found.losses.detach().mean(), found.rewards)
+
+
+def told_apart_by_rewards(policy_logps, chosen, rejected) -> Losses:
+    return Losses(policy_logps[rejected] - policy_logps[chosen], policy_logps.detach() - policy_logps.detach().mean())
+
+
+@pytest.mark.parametrize("name", ["balanced_in_batch", "wrapped", "told_apart_by_rewards"])
+def test_however_rows_are_coupled_it_is_known(name):
+    objective = load_objective(f"{__name__}:{name}", {})
+    assert objective.coupled
+    assert objective.source
+
+
+_calls = count()
+
+
+def running(policy_logps, chosen, rejected) -> Losses:
+    return Losses(policy_logps[rejected] - policy_logps[chosen] + next(_calls), policy_logps.detach())
+
+
+def drawn(policy_logps, chosen, rejected) -> Losses:
+    margins = policy_logps[chosen] - policy_logps[rejected]
+    return Losses(-margins * torch.rand_like(margins), policy_logps.detach())
+
+
+@pytest.mark.parametrize("function", [running, drawn])
+def test_a_function_that_keeps_something_or_draws_at_random_is_refused(function):
+    with pytest.raises(RecipeError, match="gives the same rows another loss each time it is asked"):
+        load_objective(f"{__name__}:{function.__name__}", {})
 
 
 def test_a_function_that_gives_no_loss_is_refused_with_its_options_before_anything_is_scored():
