@@ -139,27 +139,30 @@ def _charts(curves: list[dict[str, Any]]) -> None:
     with bottom[1]:
         st.caption("Log-probability of chosen and rejected answers, in nats")
         _chart(curves, {"logp_chosen": "chosen", "logp_rejected": "rejected"}, alt.Scale(zero=False))
-    measured = [chart for chart in _NOW_AND_THEN if any(name in row for row in curves for name in chart[1])]
-    for place, (caption, names, scale) in zip(st.columns(max(1, len(measured)), gap="small"), measured, strict=False):
-        with place:
-            st.caption(caption)
-            _chart(curves, names, scale)
+    _charts_of_now_and_then(curves)
 
 
-_NOW_AND_THEN: tuple[tuple[str, dict[str, str], alt.Scale], ...] = (
-    ("Loss of what is held out", {"held_out_loss": "loss"}, alt.Scale(zero=False)),
-    (
-        "Held out: pairs with a positive margin, and chosen answers that are less likely than at the start",
-        {"held_out_accuracy": "reward accuracy", "held_out_chosen_fell": "chosen fell"},
-        alt.Scale(domain=[0, 1]),
-    ),
-    (
-        "Canaries, greedy answers to a few prompts: share that ends by itself, share of 4-word runs that occurred before",
-        {"canary_finished": "finished", "canary_repetition": "repetition"},
-        alt.Scale(domain=[0, 1]),
-    ),
-)
-"""Charts of what a run measures where its recipe says how often."""
+def _charts_of_now_and_then(curves: list[dict[str, Any]]) -> None:
+    """Show what a run measures where its recipe says how often."""
+    places = iter(st.columns(3, gap="small"))
+    if any("held_out_loss" in row for row in curves):
+        with next(places):
+            st.caption("Loss of what is held out")
+            _chart(curves, {"held_out_loss": "loss"}, alt.Scale(zero=False))
+    if any("held_out_accuracy" in row for row in curves):
+        with next(places):
+            st.caption(
+                "Held out: pairs with a positive margin, and chosen answers that are less likely than at the start"
+            )
+            names = {"held_out_accuracy": "reward accuracy", "held_out_chosen_fell": "chosen fell"}
+            _chart(curves, names, alt.Scale(domain=[0, 1]))
+    if any("canary_finished" in row for row in curves):
+        with next(places):
+            st.caption(
+                "Canaries, greedy answers to a few prompts: share that ends by itself, and of 4-word runs that occurred before"
+            )
+            names = {"canary_finished": "finished", "canary_repetition": "repetition"}
+            _chart(curves, names, alt.Scale(domain=[0, 1]))
 
 
 def _chart(curves: list[dict[str, Any]], names: dict[str, str], scale: alt.Scale) -> None:
