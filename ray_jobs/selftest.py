@@ -159,11 +159,11 @@ def packing(bench: Bench, make: Callable[[Bench, TrainSection], ScoringModel], b
     if backend == "varlen" and dtype == "float32":
         msg = "flash attention computes in half precision"
         raise NotRun(msg)
-    if backend == "varlen" and make is _capped:
-        msg = "flash attention over sequences knows no cap on attention scores"
-        raise NotRun(msg)
     section, alone = _section(dtype, backend), SingleWorker()
     engine = _engine(make(bench, section), section)
+    if backend == "varlen" and getattr(engine.policy.model.config, "attn_logit_softcapping", None):
+        msg = "flash attention over sequences knows no cap on attention scores"
+        raise NotRun(msg)
     groups = [*bench.groups[:3], _several_answers(engine.policy.model.config.vocab_size)]
     # Rows of several lengths, one below 128: torch has kernels of their own for short ones, and compiles for a length or for any.
     apart = max(check_packing(engine, row, section=section, workers=alone) for row in (groups, groups[:1], groups[-1:]))

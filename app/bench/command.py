@@ -31,7 +31,7 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "one_token_prompts": {"online": 1.0, "cached": 1.0, "steady": 1.0},
 }
 """What we want to reach on known data with full fine-tuning (`memory`: in bf16); of shares it is an upper limit."""
-_PAIRS = 64
+_USUAL_PAIRS = 64
 _STEPS, _STEPS_OF_JOB = 3, 4
 """Fewest steps that tell something; of a job the first two and the last are left out."""
 _LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
@@ -68,7 +68,7 @@ class BenchSettings:
     @property
     def most_pairs(self) -> int:
         """Pairs that are measured, at most."""
-        return self.pairs or max(_PAIRS, _STEPS * self.batch_pairs)
+        return self.pairs or max(_USUAL_PAIRS, _STEPS * self.batch_pairs)
 
     @property
     def token_budget(self) -> int:

@@ -4,13 +4,13 @@
     log-probabilities -> for each micro-batch its losses and these derivatives
 
 The caller scores again with gradients and multiplies: sum of dL/dS_i times S_i has the gradient of L. So packing, token
-budget and the number of workers change nothing, for a second forward. Judgements stand in the order of their ids, the liked one of two first; what
-is random in a forward must be the same in both.
+budget and the number of workers change nothing, for a second forward; what is random in a forward must be the same in
+both. Judgements stand in the order of their ids, the liked one of two first.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from app.training.objectives import Losses, Objective, Scored
 class Share:
     """What a whole step makes of one micro-batch."""
 
+    scored: Scored
+    """Without gradients."""
     result: Losses
     slopes: Tensor
     """[N]: derivative of the step's loss by the log-probability of each response."""
@@ -35,7 +37,8 @@ class _Part:
 
     rank: int
     scored: Scored
-    ids: tuple[str, ...]
+    order: tuple[tuple[str, bool], ...]
+    """By which its judgements stand among all others: id, and whether the answer is disliked."""
     weights: Tensor
 
 
@@ -53,7 +56,7 @@ def couple(
 
     Args:
         score: scores a batch; it is asked without gradients.
-        batches: this rank's micro-batches.
+        batches: this rank's micro-batches, on the CPU.
         objective: asked once, for all rows of all ranks.
         weight: of all judgements of the step.
         workers: the ranks.
@@ -62,13 +65,15 @@ def couple(
     """
     with torch.no_grad():
         scored = [score(batch.to(device)) for batch in (*batches, *idle)][: len(batches)]
-    in_pairs = objective.unit == "pairs"
+    in_pairs, on_cpu = objective.unit == "pairs", torch.device("cpu")
     own = [
-        _Part(
+        _Part(workers.rank, part.to(on_cpu), tuple((name, False) for name in batch.pair_ids), batch.weights)
+        if in_pairs
+        else _Part(
             workers.rank,
-            _on_cpu(part),
-            batch.pair_ids if in_pairs else batch.label_ids,
-            (batch.weights if in_pairs else batch.label_weights).cpu(),
+            part.to(on_cpu),
+            tuple(zip(batch.label_ids, (~batch.desirable).tolist(), strict=True)),
+            batch.label_weights,
         )
         for part, batch in zip(scored, batches, strict=True)
     ]
@@ -76,13 +81,7 @@ def couple(
     if not own:
         return []
     firsts = [0, *itertools.accumulate(len(part.scored.policy_logps) for part in parts)]
-    keys = [
-        (name, not liked)
-        for part in parts
-        for name, liked in zip(
-            part.ids, itertools.repeat(True) if in_pairs else part.scored.desirable.tolist(), strict=False
-        )
-    ]
+    keys = [key for part in parts for key in part.order]
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     whole = _whole([part.scored for part in parts], firsts, order, in_pairs=in_pairs)
     with torch.enable_grad():
@@ -92,10 +91,12 @@ def couple(
         (slopes,) = torch.autograd.grad((result.losses * weights).sum() / weight, logps)
     # Back from the order of ids to that of the parts.
     losses = torch.empty_like(result.losses.detach()).index_copy_(0, order, result.losses.detach())
-    judged = [0, *itertools.accumulate(len(part.ids) for part in parts)]
+    judged = [0, *itertools.accumulate(len(part.order) for part in parts)]
     return [
         Share(
-            Losses(losses[begin:end].to(device), result.rewards[first:last].to(device)), slopes[first:last].to(device)
+            part.scored.to(device),
+            Losses(losses[begin:end].to(device), result.rewards[first:last].to(device)),
+            slopes[first:last].to(device),
         )
         for part, (begin, end), (first, last) in zip(
             parts, itertools.pairwise(judged), itertools.pairwise(firsts), strict=True
@@ -104,30 +105,12 @@ def couple(
     ]
 
 
-def _on_cpu(scored: Scored) -> Scored:
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().cpu()
-
-    return replace(
-        scored,
-        policy_logps=scored.policy_logps.detach().cpu(),
-        token_counts=scored.token_counts.cpu(),
-        chosen=scored.chosen.cpu(),
-        rejected=scored.rejected.cpu(),
-        responses=scored.responses.cpu(),
-        desirable=scored.desirable.cpu(),
-        reference_logps=moved(scored.reference_logps),
-        agreement=moved(scored.agreement),
-        kl=moved(scored.kl),
-    )
-
-
 def _whole(parts: Sequence[Scored], firsts: Sequence[int], order: Tensor, *, in_pairs: bool) -> Scored:
     """Put scored micro-batches together, with judgements in a given order."""
 
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        known = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(known) if len(known) == len(tensors) else None
+        # All of them have it, or none.
+        return torch.cat(known) if (known := [tensor for tensor in tensors if tensor is not None]) else None
 
     def indices(name: str, *, judged: bool) -> Tensor:
         found = torch.cat([getattr(part, name) + first for part, first in zip(parts, firsts, strict=False)])

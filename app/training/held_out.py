@@ -123,9 +123,9 @@ def measure(
         else None
     )
     with torch.no_grad():
-        for number, batch in enumerate([*batches, *idle]):
+        for number, batch in enumerate(batches if shares is not None else [*batches, *idle]):
             batch = batch.to(device)
-            scored = score(batch)
+            scored = score(batch) if shares is None else shares[number].scored
             if number >= len(batches):
                 continue
             result = objective(scored) if shares is None else shares[number].result

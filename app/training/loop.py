@@ -3,8 +3,9 @@
     for step of groups -> this rank's micro-batches -> policy -> objective -> backward -> sum over ranks -> clip -> step
 
 An objective whose rows depend on one another is asked for the whole step first (`app.training.coupling`). Every rank is
-given the same groups for a step and takes its share of them, so world size changes nothing about which rows make a step. Losses are normalised by the global weight of the step. No update is made when the loss or the
-gradient norm is not finite on any rank.
+given the same groups for a step and takes its share of them, so world size changes nothing about which rows make a
+step. Losses are normalised by the global weight of the step. No update is made when the loss or the gradient norm is
+not finite on any rank.
 """
 
 import itertools

@@ -29,7 +29,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class Scored:
     reference_logps: Tensor | None = None
     agreement: Tensor | None = None
     kl: Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """Return it with its tensors on a device."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in named.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
