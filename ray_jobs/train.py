@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import sqlalchemy as sa
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
@@ -29,8 +28,6 @@ from app.config import (
     Recipe,
     TrainSection,
     TunedBy,
-    deciding,
-    differing,
     unusual_options,
     unusual_rate,
     usual_learning_rate,
@@ -39,16 +36,13 @@ from app.errors import (
     DataError,
     OutOfMemory,
     PrefloopError,
-    RecipeError,
     ServiceError,
-    TrainingError,
     WorkersLost,
 )
 from app.evaluation.learning import FEW_CLUSTERS, Learning, Likelihood, judge_answers, judge_learning, judge_likelihood
-from app.ledger import TAKEN_OVER_S, Ledger, ModelRow, RunRow, RunStepRow, SnapshotRow, now
+from app.ledger import TAKEN_OVER_S, Ledger, ModelRow, RunStepRow, SnapshotRow
 from app.models import (
     Lineage,
-    code_version,
     computes_bfloat16,
     load_architecture,
     load_tokenizer,
@@ -57,7 +51,7 @@ from app.models import (
     template_digest,
 )
 from app.preferences.snapshots import resolve_snapshot
-from app.schemas import Split, content_hash
+from app.schemas import Split
 from app.storage import Artifact, Home, arrow_filesystem, remove_if_allowed
 from app.training.checkpoints import RunIdentity, newest_checkpoint
 from app.training.held_out import Measures
@@ -77,6 +71,15 @@ from ray_jobs.prepare import named_model, prepare, print_summary, require_refere
 from ray_jobs.progress import Meter
 from ray_jobs.recorder import REFUSALS, StepRecorder
 from ray_jobs.rendezvous import NodeTorchConfig
+from ray_jobs.runs import (
+    HALVED,
+    own_snapshot,
+    recipe_digest,
+    record_end,
+    record_known,
+    record_start,
+    steps_without_update,
+)
 from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
 from ray_jobs.stream import READ_CPUS
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
@@ -96,8 +99,6 @@ _FEWEST_STEPS = 32
 """Of a recipe that says neither epochs nor steps: fewer hardly move a model at rates that do not break it."""
 
 _MORE_ROOM = "\n\nHint: the pairs of a prompt are never divided: set train.activation_checkpointing, lower prepare.max_length, or take fewer pairs.max_pairs_per_prompt."
-_HALVED, _SOURCE = "micro_batch_tokens", "objective_source"
-"""Of the metrics of a run: what memory held, for the attempts that follow, and what the objective was made of."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _train(
             run_id,
             training_snapshot_id,
             start.digest,
-            _digest(recipe.model_dump(mode="json")),
+            recipe_digest(recipe),
             reference.digest if objective.has_reference else "",
         ),
         start_model_id=start.model_id,
@@ -200,12 +201,12 @@ def _train(
         learning_rate=section.learning_rate or usual,
         threads=recipe.workers.threads,
     )
-    known = _record_start(ledger, recipe, task, objective, reference)
+    known = record_start(ledger, recipe, task, objective, reference)
     for warning in warnings:
         ledger.audit("train", "warning", run_id, {"warning": warning})
     # What is usual may be another rate with a newer version of this program.
     task = dataclasses.replace(task, learning_rate=known.get("learning_rate", task.learning_rate))
-    if (tokens := known.get(_HALVED)) is not None:
+    if (tokens := known.get(HALVED)) is not None:
         task = dataclasses.replace(task, section=section.model_copy(update={"micro_batch_tokens": tokens}))
     trackers = Trackers(recipe.track, home, run_id, recipe.model_dump(mode="json"))
     follower = Follower(ledger, run_id, trackers, console, partial(_show, total=task.total_steps))
@@ -220,21 +221,21 @@ def _train(
         refusal = getattr(error, "controller_failure", None)
         if isinstance(refusal, REFUSALS):
             why = f"{refusal}{_MORE_ROOM if isinstance(refusal, OutOfMemory) else ''}"
-            _record_end(ledger, run_id, status="failed", error=why)
+            record_end(ledger, run_id, status="failed", error=why)
             msg = f"run `{run_id}` was refused by a worker: {why}"
             raise type(refusal)(msg) from error
         cause = _cause(error)
-        _record_end(ledger, run_id, status="failed", error=cause)
+        record_end(ledger, run_id, status="failed", error=cause)
         msg = f"run `{run_id}` failed: {cause}\n\nHint: the same run id continues from its last checkpoint."
         raise WorkersLost(msg) from error
     except PrefloopError as error:
-        _record_end(ledger, run_id, status="failed", error=str(error))
+        record_end(ledger, run_id, status="failed", error=str(error))
         raise
     except KeyboardInterrupt:
-        _record_end(ledger, run_id, status="stopped", error="interrupted")
+        record_end(ledger, run_id, status="stopped", error="interrupted")
         raise
     except Exception as error:
-        _record_end(ledger, run_id, status="failed", error=f"{type(error).__name__}: {error}")
+        record_end(ledger, run_id, status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         follower.end()
@@ -380,7 +381,7 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
             tokens = held // 2
             told = f"a worker's memory did not hold {held} tokens: going on with micro-batches of {tokens} ({refusal})"
             ledger.audit("train", "note", task.identity.run_id, {"note": told})
-            _record_known(ledger, task.identity.run_id, {_HALVED: tokens})
+            record_known(ledger, task.identity.run_id, {HALVED: tokens})
             if console is not None:
                 console.print(f"warning: {told}", highlight=False, markup=False)
             task = dataclasses.replace(task, section=task.section.model_copy(update={"micro_batch_tokens": tokens}))
@@ -461,7 +462,7 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, objective: Objective, ta
         metrics["learning"] = dataclasses.asdict(learning)
     if result.not_finite:
         metrics["held_out_not_finite"] = result.not_finite
-    skipped = _steps_without_update(ledger, run_id)
+    skipped = steps_without_update(ledger, run_id)
     if skipped:
         metrics["steps_skipped"] = skipped
     if result.reference_memory:
@@ -478,14 +479,8 @@ def _finish(home: Home, ledger: Ledger, recipe: Recipe, objective: Objective, ta
         )
         model = register_folder(home, ledger, folder, name=recipe.name, lineage=lineage)
     remove_if_allowed(export.filesystem, export.path)
-    _record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
+    record_end(ledger, run_id, status="succeeded", metrics=metrics, output_model_id=model.model_id)
     return TrainResult(run_id, model, task.total_steps, task.learning_rate, learning, means, skipped, result)
-
-
-def _steps_without_update(ledger: Ledger, run_id: str) -> int:
-    reports = sa.select(RunStepRow.metrics).where(RunStepRow.run_id == run_id)
-    with ledger.read() as session:
-        return sum(bool(metrics.get("skipped")) for metrics in session.scalars(reports))
 
 
 @contextmanager
@@ -509,121 +504,6 @@ def _judge(measures: Measures, unit: Unit, *, seed: int, sources: dict[str, str]
     if answers and len({pair.cluster for pair in pairs}) < FEW_CLUSTERS:
         return judge_answers(answers, level=0.95, seed=seed)
     return judge_learning(pairs, level=0.95, seed=seed, sources=sources) if pairs else None
-
-
-def _record_start(
-    ledger: Ledger, recipe: Recipe, task: TrainTask, objective: Objective, reference: ModelRow
-) -> dict[str, Any]:
-    """Note that a run begins or goes on; return what attempts before this one found out."""
-    identity, tree = task.identity, recipe.model_dump(mode="json")
-    with ledger.write() as session:
-        row = session.get(RunRow, identity.run_id)
-        if row is None:
-            row = RunRow(
-                run_id=identity.run_id,
-                kind="train",
-                recipe=tree,
-                snapshot_id=identity.snapshot_id,
-                start_model_id=task.start_model_id,
-                reference_model_id=reference.model_id if objective.has_reference else None,
-                metrics={
-                    "total_steps": task.total_steps,
-                    "learning_rate": task.learning_rate,
-                    **_own_source(objective),
-                },
-                attempt=0,
-                code_version=code_version(),
-                created_at=now(),
-                updated_at=now(),
-                status="running",
-            )
-            session.add(row)
-        elif changed := _changed(row, tree, task, reference if objective.has_reference else None):
-            msg = f"run `{identity.run_id}` exists with another {', '.join(changed)}\n\nHint: choose another --run, or leave it out."
-            raise TrainingError(msg)
-        elif row.metrics.get(_SOURCE) != _own_source(objective).get(_SOURCE):
-            msg = f"run `{identity.run_id}` began with another source of `{objective.name}`\n\nHint: put it back as it was, or choose another --run."
-            raise RecipeError(msg)
-        elif _memory_settings(row.recipe) != _memory_settings(tree):
-            # What memory held then is not what it holds now.
-            row.metrics = {key: value for key, value in row.metrics.items() if key != _HALVED}
-            row.recipe = tree
-        row.status, row.attempt, row.updated_at, row.error = "running", row.attempt + 1, now(), None
-        return dict(row.metrics)
-
-
-def _record_known(ledger: Ledger, run_id: str, found: dict[str, Any]) -> None:
-    with ledger.write() as session:
-        row = session.get_one(RunRow, run_id)
-        row.metrics = {**row.metrics, **found}
-
-
-def _record_end(
-    ledger: Ledger,
-    run_id: str,
-    *,
-    status: str,
-    error: str | None = None,
-    metrics: dict[str, Any] | None = None,
-    output_model_id: str | None = None,
-) -> None:
-    with ledger.write() as session:
-        row = session.get_one(RunRow, run_id)
-        row.status, row.error, row.updated_at = status, error, now()
-        row.metrics = {**row.metrics, **(metrics or {})}
-        row.output_model_id = output_model_id or row.output_model_id
-
-
-def _changed(row: RunRow, tree: dict[str, Any], task: TrainTask, reference: ModelRow | None) -> list[str]:
-    """Return what is another one than when the run began, of all that its steps depend on."""
-    ids = {
-        "snapshot": (row.snapshot_id, task.identity.snapshot_id),
-        "reference": (row.reference_model_id, reference and reference.model_id),
-    }
-    named = [f"{what} (`{before}`, now `{after}`)" for what, (before, after) in ids.items() if before != after]
-    return [*named, *differing(_numbers(row.recipe), _numbers(tree))]
-
-
-def own_snapshot(home: Home, ledger: Ledger, recipe: Recipe, run_id: str | None) -> str | None:
-    """Return the training snapshot that an unfinished run began with, though newer feedback makes another one by now.
-
-    None where it is a new run, or one that another recipe began, or the home has its snapshot no more.
-    """
-    with ledger.read() as session:
-        row = session.get(RunRow, run_id) if run_id is not None else None
-    if row is None or row.snapshot_id is None:
-        return None
-    before, after = row.recipe, recipe.model_dump(mode="json")
-    asked = [
-        {
-            **_numbers(tree),
-            "snapshot": tree.get("snapshot"),
-            "pairs": tree.get("pairs"),
-            "deployment": tree["serving"]["deployment"],
-        }
-        for tree in (before, after)
-    ]
-    if row.status == "succeeded" or differing(*asked):
-        return None
-    return row.snapshot_id if home.artifact("training", row.snapshot_id).exists() else None
-
-
-def _memory_settings(tree: dict[str, Any]) -> list[Any]:
-    return [tree["train"].get(key) for key in ("micro_batch_tokens", "activation_checkpointing")]
-
-
-def _own_source(objective: Objective) -> dict[str, str]:
-    """Return the digest of an objective of one's own, for the metrics of a run."""
-    return {_SOURCE: content_hash(objective.source)} if objective.source else {}
-
-
-def _digest(tree: dict[str, Any]) -> str:
-    return content_hash(deciding(_numbers(tree)))
-
-
-def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return what the numbers of a run depend on; it may move to other machines, or be evaluated otherwise."""
-    return {key: tree[key] for key in ("model", "prepare", "train")}
 
 
 def _cause(error: TrainingFailedError) -> str:

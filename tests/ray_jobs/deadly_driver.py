@@ -20,8 +20,8 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the model's manifest": (Artifact, "write_manifest", 1, True),
     "before the model is in the ledger": (Artifact, "write_manifest", 1, False),
     "before the model's export is removed": (train, "register_folder", 1, False),
-    "before the end is recorded": (train, "_record_end", 1, True),
-    "after the end is recorded": (train, "_record_end", 1, False),
+    "before the end is recorded": (train, "record_end", 1, True),
+    "after the end is recorded": (train, "record_end", 1, False),
 }
 """Where a function is looked up, its name, at which call once the workers have ended, and before or after it."""
 

@@ -40,7 +40,8 @@ from app.training.snapshots import (
 )
 from app.training.tokenization import Group, Preference
 from ray_jobs.recorder import StepRecorder
-from ray_jobs.train import _cause, _tuned_by, _warnings, own_snapshot, train
+from ray_jobs.runs import own_snapshot
+from ray_jobs.train import _cause, _tuned_by, _warnings, train
 from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
