@@ -96,7 +96,7 @@ def build_pairs(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa:
 
 @cli.command()
 def prepare(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Tokenise a pair snapshot and score the frozen reference."""
+    """Tokenise a pair snapshot and score it by the frozen reference, where the objective has one."""
     _job("prepare", recipe, overrides)
 
 
@@ -106,7 +106,7 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     run: Annotated[str | None, typer.Option(help="Run id; an existing one continues.")] = None,
 ) -> None:
-    """Train the policy against the frozen reference and say whether it learned."""
+    """Prepare a pair snapshot where that is not done, train, and say whether the model learned; nothing is evaluated."""
     _job("train", recipe, overrides, *_given("--run", run))
 
 

@@ -50,7 +50,7 @@ from ray_jobs.evaluate import evaluate, require_answered
 from ray_jobs.preflight import preflight
 from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, run_job
+from ray_jobs.session import Session, ray_cluster, run_job, warn_of_idle_gpus
 from ray_jobs.ship import on_sealed, ship
 from ray_jobs.trackers import require_trackers
 from ray_jobs.train import print_measures, require_pairs, require_train_room, train, usable_rows
@@ -269,6 +269,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 
 def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
     require_train_room(recipe)
+    warn_of_idle_gpus(recipe.workers, console)
     preflight(home, home.ledger_url)
     require_trackers(recipe.track, home)
     row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node
 from ray._raylet import Config  # type: ignore[attr-defined]
+from rich.console import Console
 
 from app.config import Recipe, WorkerSection, load_recipe
 from app.errors import Interrupted, PrefloopError, ServiceError
@@ -178,6 +179,17 @@ def ray_cluster(home: Home) -> Any:
         yield
     finally:
         ray.shutdown()
+
+
+def warn_of_idle_gpus(workers: WorkerSection, console: Console) -> None:
+    """Say where a run computes on CPUs beside GPUs: nobody wants that without a word."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus and not workers.use_gpu:
+        console.print(
+            f"warning: the cluster has {gpus:g} GPU(s), and this run computes on CPUs: set workers.use_gpu",
+            highlight=False,
+            markup=False,
+        )
 
 
 def require_room(workers: WorkerSection, count: int, *, reading: float = 0.0) -> None:

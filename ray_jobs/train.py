@@ -80,7 +80,7 @@ from ray_jobs.runs import (
     record_start,
     steps_without_update,
 )
-from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job
+from ray_jobs.session import COLLECTIVE_TIMEOUT_S, Session, ray_cluster, require_room, run_job, warn_of_idle_gpus
 from ray_jobs.stream import READ_CPUS
 from ray_jobs.trackers import Follower, Trackers, require_trackers, tracked
 from ray_jobs.worker import (
@@ -546,6 +546,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     home, ledger, recipe = session.home, session.ledger, session.recipe
     with ray_cluster(home):
         require_train_room(recipe)
+        warn_of_idle_gpus(recipe.workers, console)
         preflight(home, home.ledger_url)
         snapshot_id = options.training_snapshot or own_snapshot(home, ledger, recipe, options.run)
         if snapshot_id is not None and options.training_snapshot is None:

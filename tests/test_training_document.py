@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.config import OBJECTIVE_OPTIONS
+from app.config import OBJECTIVE_OPTIONS, load_recipe, usual_learning_rate
 from app.training import certify, objectives
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,35 @@ def test_every_objective_is_told_with_its_options_and_their_defaults(name):
         # What is off by default needs no figure.
         if isinstance(field.default, float) and field.default:
             assert re.search(rf"`{shown}`[^,|]*\({field.default:g}\)", row), shown
+
+
+def test_the_example_recipes_are_whole(tmp_path):
+    recipes = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    for number, block in enumerate(recipes):
+        (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
+    found = [load_recipe(tmp_path / f"{number}.yaml") for number in range(len(recipes))]
+    assert [recipe.train.objective for recipe in found] == ["dpo", "kto", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("SFT", "sft"),
+        ("ORPO", "orpo"),
+        ("KTO", "kto"),
+        ("KTO", "apo_zero_unpaired"),
+        ("SimPO", "simpo"),
+        ("all", "dpo"),
+    ],
+)
+def test_the_usual_rates_are_those_of_the_table(name, objective):
+    full, adapters = re.search(rf"^\| {name}[^|]*\| ([0-9e-]+) \| ([0-9e-]+) \|", TEXT, re.MULTILINE).groups()
+    published = {"width": 4096, "total_steps": 480, "tuned_by": "answers"}
+    assert usual_learning_rate(objective, "full", **published) == pytest.approx(float(full))
+    assert usual_learning_rate(objective, "lora", **published) == pytest.approx(float(adapters))
+    run = {"width": 576, "total_steps": 122, "tuned_by": "preferences"}
+    factor = 4096 / 576 * (1 if objective == "sft" else 480 / 122 / 2)
+    assert usual_learning_rate(objective, "full", **run) == pytest.approx(float(full) * factor)
 
 
 def test_the_example_case_holds(tmp_path):

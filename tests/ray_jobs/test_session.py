@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from app.config import WorkerSection
 from app.errors import ServiceError
 from app.storage import HOME_VARIABLE
 from ray_jobs import session
-from ray_jobs.session import LOCAL_ENVIRONMENT, ray_cluster, require_room
+from ray_jobs.session import LOCAL_ENVIRONMENT, ray_cluster, require_room, warn_of_idle_gpus
 
 JOB = """
 import time
@@ -103,6 +104,14 @@ def test_workers_fit_where_each_has_a_node_and_reading_has_one_too(monkeypatch, 
     else:
         with pytest.raises(ServiceError, match="do not fit"):
             require_room(section, workers, reading=reading)
+
+
+@pytest.mark.parametrize(("gpus", "used", "warned"), [(8.0, False, True), (8.0, True, False), (0.0, False, False)])
+def test_a_run_that_leaves_gpus_idle_says_so(monkeypatch, capsys, gpus, used, warned):
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0, **({"GPU": gpus} if gpus else {})})
+    warn_of_idle_gpus(WorkerSection(use_gpu=used), Console(width=200))
+    told = "warning: the cluster has 8 GPU(s), and this run computes on CPUs: set workers.use_gpu\n"
+    assert capsys.readouterr().out == (told if warned else "")
 
 
 def test_the_address_of_a_dashboard_is_refused_with_a_word_on_which_one_is_meant(home, monkeypatch):
