@@ -47,13 +47,11 @@ from app.services import Services
 from app.storage import HOME_VARIABLE, Home
 from ray_jobs.build_pairs import build_pairs
 from ray_jobs.evaluate import evaluate, require_answered
-from ray_jobs.preflight import preflight
 from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, run_job, warn_of_idle_gpus
+from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import on_sealed, ship
-from ray_jobs.trackers import require_trackers
-from ray_jobs.train import print_measures, require_pairs, require_train_room, train, usable_rows
+from ray_jobs.train import look_ahead, print_measures, require_pairs, train, usable_rows
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -268,10 +266,7 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 
 
 def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
-    require_train_room(recipe)
-    warn_of_idle_gpus(recipe.workers, console)
-    preflight(home, home.ledger_url)
-    require_trackers(recipe.track, home)
+    look_ahead(home, ledger, recipe, console)
     row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)
     print_summary(console, row)
     return {"snapshot": row.snapshot_id, "dropped": row.manifest["counts"]["dropped"]}

@@ -172,10 +172,7 @@ def _train(
         total_steps=total_steps,
         tuned_by=tuned_by,
     )
-    warnings = [
-        *unusual_options(section.objective, section.options, tuned_by=tuned_by),
-        *_warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu),
-    ]
+    warnings = _warnings(section, usual, held_out=held_out, on_cpus=not recipe.workers.use_gpu)
     if objective.coupled:
         warnings.append(
             f"the loss that `{objective.name}` gives a row depends on the rows beside it: it is given a whole step at once, which is scored twice for that"
@@ -202,7 +199,7 @@ def _train(
         threads=recipe.workers.threads,
     )
     known = record_start(ledger, recipe, task, objective, reference)
-    for warning in warnings:
+    for warning in [*_unusual(ledger, recipe, start), *warnings]:
         ledger.audit("train", "warning", run_id, {"warning": warning})
     # What is usual may be another rate with a newer version of this program.
     task = dataclasses.replace(task, learning_rate=known.get("learning_rate", task.learning_rate))
@@ -358,8 +355,27 @@ def usable_rows(recipe: Recipe, pairs: SnapshotRow) -> int:
     return usable
 
 
-def require_train_room(recipe: Recipe) -> None:
-    """Refuse a run that the cluster has no room for, before hours go into what comes before it; raises ServiceError."""
+def look_ahead(home: Home, ledger: Ledger, recipe: Recipe, console: Console) -> None:
+    """Refuse a run, or warn of it, before hours go into what comes before it.
+
+    Raises:
+        ServiceError: the cluster has no room for the run, or a node of it cannot do its part.
+        RecipeError: a tracker is not installed.
+    """
+    _require_train_room(recipe)
+    preflight(home, home.ledger_url)
+    require_trackers(recipe.track, home)
+    warn_of_idle_gpus(recipe.workers, console)
+    for warning in _unusual(ledger, recipe, named_model(home, ledger, recipe, recipe.model.start)):
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+
+
+def _unusual(ledger: Ledger, recipe: Recipe, start: ModelRow) -> list[str]:
+    section = recipe.train
+    return unusual_options(section.objective, section.options, tuned_by=_tuned_by(ledger, start, recipe))
+
+
+def _require_train_room(recipe: Recipe) -> None:
     require_room(recipe.workers, recipe.workers.workers, reading=READ_CPUS)
 
 
@@ -389,7 +405,7 @@ def _fit_in_memory(home: Home, ledger: Ledger, recipe: Recipe, task: TrainTask, 
 
 def _fit(home: Home, recipe: Recipe, task: TrainTask) -> None:
     workers = recipe.workers
-    require_train_room(recipe)
+    _require_train_room(recipe)
     preflight(home, home.ledger_url)
     attempt = uuid.uuid4().hex[:8]
     arrow = arrow_filesystem(home.uri)
@@ -545,9 +561,7 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     console = Console()
     home, ledger, recipe = session.home, session.ledger, session.recipe
     with ray_cluster(home):
-        require_train_room(recipe)
-        warn_of_idle_gpus(recipe.workers, console)
-        preflight(home, home.ledger_url)
+        look_ahead(home, ledger, recipe, console)
         snapshot_id = options.training_snapshot or own_snapshot(home, ledger, recipe, options.run)
         if snapshot_id is not None and options.training_snapshot is None:
             console.print(f"training snapshot {snapshot_id}, which the run began with", highlight=False)
@@ -555,7 +569,6 @@ def _body(session: Session, options: argparse.Namespace) -> int:
             deployment = recipe.serving.deployment
             pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
             require_pairs(recipe, usable_rows(recipe, pairs))
-            require_trackers(recipe.track, home)
             row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id

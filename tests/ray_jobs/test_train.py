@@ -41,7 +41,7 @@ from app.training.snapshots import (
 from app.training.tokenization import Group, Preference
 from ray_jobs.recorder import StepRecorder
 from ray_jobs.runs import own_snapshot
-from ray_jobs.train import _cause, _tuned_by, _warnings, train
+from ray_jobs.train import _cause, _tuned_by, _warnings, look_ahead, train
 from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
@@ -276,10 +276,11 @@ def test_a_step_without_an_update_is_told_where_it_happens_and_counted_at_the_en
         assert session.scalars(query).all() == [{"step": 2, "rows": rows}]
 
 
-def test_an_option_beyond_what_is_usual_is_told_before_the_first_step(cluster, stage):
+def test_an_option_beyond_what_is_usual_is_told_before_anything_is_prepared_and_kept(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
     shown = io.StringIO()
     recipe = recipe_for(sft, options={"beta": 5.0}, max_steps=1)
+    look_ahead(home, ledger, recipe, Console(file=shown, width=500))
     train(home, ledger, recipe, snapshot_id, run_id="steep", console=Console(file=shown, width=500))
     (line,) = [line for line in shown.getvalue().splitlines() if "beta" in line]
     assert line.startswith("warning: ")
