@@ -106,7 +106,7 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     run: Annotated[str | None, typer.Option(help="Run id; an existing one continues.")] = None,
 ) -> None:
-    """Prepare a pair snapshot where that is not done, train, and say whether the model learned; nothing is evaluated."""
+    """Prepare a pair snapshot, train, and say whether the model learned; nothing is evaluated or shipped."""
     _job("train", recipe, overrides, *_given("--run", run))
 
 

@@ -33,7 +33,7 @@ def settle_ray_data(*, in_order: bool) -> None:
     context.execution_no_progress_timeout_s = _NO_PROGRESS_S
     # It warns that no memory was reserved for the model, after a minute; the number of workers bounds what they take.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-    # Deprecated, and so is the only other way to say how often an actor starts again; Ray 2.60 has no third one.
+    # Goes in Ray 2.64, and so does the only other way to say how often an actor starts again; 2.60 has no third one.
     warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated", category=RayDeprecationWarning)
 
 

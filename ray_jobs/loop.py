@@ -51,7 +51,7 @@ from ray_jobs.prepare import prepare, print_summary
 from ray_jobs.progress import Meter
 from ray_jobs.session import Session, ray_cluster, run_job
 from ray_jobs.ship import on_sealed, ship
-from ray_jobs.train import look_ahead, print_measures, require_pairs, train, usable_rows
+from ray_jobs.train import look_ahead, print_measures, require_pairs, tell_unusual_options, train, usable_rows
 
 _CROSSING_STREAMS = 2
 """Streams that must have been open while the champion changed, so that "none was cut" says something."""
@@ -266,7 +266,8 @@ def _made_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
 
 
 def _prepared(home: Home, ledger: Ledger, recipe: Recipe, pair_snapshot_id: str, console: Console) -> dict[str, Any]:
-    look_ahead(home, ledger, recipe, console)
+    look_ahead(home, recipe, console)
+    tell_unusual_options(home, ledger, recipe, console)
     row = prepare(home, ledger, recipe, pair_snapshot_id, console=console)
     print_summary(console, row)
     return {"snapshot": row.snapshot_id, "dropped": row.manifest["counts"]["dropped"]}

@@ -49,7 +49,7 @@ from app.training.tokenization import Group, encode_groups
 from ray_jobs.actors import mortal, settle_ray_data, told_of_dead_actors
 from ray_jobs.preflight import preflight
 from ray_jobs.progress import Meter
-from ray_jobs.session import Session, ray_cluster, require_room, run_job, warn_of_idle_gpus
+from ray_jobs.session import Session, ray_cluster, require_room, run_job
 
 _SCORE_BATCH = 64
 """Rows that an actor takes at once."""
@@ -323,7 +323,6 @@ def _body(session: Session, options: argparse.Namespace) -> int:
     )
     console = Console()
     with ray_cluster(session.home):
-        warn_of_idle_gpus(recipe.workers, console)
         preflight(session.home, session.home.ledger_url)
         row = prepare(session.home, session.ledger, session.recipe, pair_snapshot.snapshot_id, console=console)
     print_summary(console, row)

@@ -182,11 +182,11 @@ def ray_cluster(home: Home) -> Any:
 
 
 def warn_of_idle_gpus(workers: WorkerSection, console: Console) -> None:
-    """Say where a run computes on CPUs beside GPUs: nobody wants that without a word."""
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if gpus and not workers.use_gpu:
+    """Say where a run computes on CPUs beside GPUs that nobody uses: nobody wants that without a word."""
+    gpus = ray.available_resources().get("GPU", 0.0)
+    if gpus >= 1 and not workers.use_gpu:
         console.print(
-            f"warning: the cluster has {gpus:g} GPU(s), and this run computes on CPUs: set workers.use_gpu",
+            f"warning: the cluster has {gpus:g} GPU(s) free, and this run computes on CPUs: set workers.use_gpu",
             highlight=False,
             markup=False,
         )

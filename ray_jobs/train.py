@@ -355,17 +355,22 @@ def usable_rows(recipe: Recipe, pairs: SnapshotRow) -> int:
     return usable
 
 
-def look_ahead(home: Home, ledger: Ledger, recipe: Recipe, console: Console) -> None:
+def look_ahead(home: Home, recipe: Recipe, console: Console) -> None:
     """Refuse a run, or warn of it, before hours go into what comes before it.
 
     Raises:
         ServiceError: the cluster has no room for the run, or a node of it cannot do its part.
         RecipeError: a tracker is not installed.
+        DataError: a tracker writes files, and the home is no local folder.
     """
     _require_train_room(recipe)
     preflight(home, home.ledger_url)
     require_trackers(recipe.track, home)
     warn_of_idle_gpus(recipe.workers, console)
+
+
+def tell_unusual_options(home: Home, ledger: Ledger, recipe: Recipe, console: Console) -> None:
+    """Say which options are beyond what is usual; `train` itself only keeps that with the run."""
     for warning in _unusual(ledger, recipe, named_model(home, ledger, recipe, recipe.model.start)):
         console.print(f"warning: {warning}", highlight=False, markup=False)
 
@@ -557,19 +562,25 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-snapshot", help="default: prepared from the recipe's pair snapshot")
 
 
+def _enough_pairs(home: Home, ledger: Ledger, recipe: Recipe) -> str:
+    pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=recipe.serving.deployment)
+    require_pairs(recipe, usable_rows(recipe, pairs))
+    return pairs.snapshot_id
+
+
 def _body(session: Session, options: argparse.Namespace) -> int:
     console = Console()
     home, ledger, recipe = session.home, session.ledger, session.recipe
     with ray_cluster(home):
-        look_ahead(home, ledger, recipe, console)
+        look_ahead(home, recipe, console)
         snapshot_id = options.training_snapshot or own_snapshot(home, ledger, recipe, options.run)
-        if snapshot_id is not None and options.training_snapshot is None:
-            console.print(f"training snapshot {snapshot_id}, which the run began with", highlight=False)
         if snapshot_id is None:
-            deployment = recipe.serving.deployment
-            pairs = resolve_snapshot(home, ledger, recipe.snapshot, kind="pairs", deployment=deployment)
-            require_pairs(recipe, usable_rows(recipe, pairs))
-            row = prepare(home, ledger, recipe, pairs.snapshot_id, console=console)
+            pairs_id = _enough_pairs(home, ledger, recipe)
+        elif options.training_snapshot is None:
+            console.print(f"training snapshot {snapshot_id}, which the run began with", highlight=False)
+        tell_unusual_options(home, ledger, recipe, console)
+        if snapshot_id is None:
+            row = prepare(home, ledger, recipe, pairs_id, console=console)
             print_summary(console, row)
             snapshot_id = row.snapshot_id
         run_id = options.run or f"{recipe.name}-{uuid.uuid4().hex[:8]}"

@@ -106,11 +106,14 @@ def test_workers_fit_where_each_has_a_node_and_reading_has_one_too(monkeypatch, 
             require_room(section, workers, reading=reading)
 
 
-@pytest.mark.parametrize(("gpus", "used", "warned"), [(8.0, False, True), (8.0, True, False), (0.0, False, False)])
-def test_a_run_that_leaves_gpus_idle_says_so(monkeypatch, capsys, gpus, used, warned):
-    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0, **({"GPU": gpus} if gpus else {})})
+@pytest.mark.parametrize(
+    ("free", "used", "warned"),
+    [({"GPU": 8.0}, False, True), ({"GPU": 8.0}, True, False), ({"GPU": 0.5}, False, False), ({}, False, False)],
+)
+def test_a_run_that_leaves_gpus_idle_says_so(monkeypatch, capsys, free, used, warned):
+    monkeypatch.setattr(session.ray, "available_resources", lambda: {"CPU": 8.0, **free})
     warn_of_idle_gpus(WorkerSection(use_gpu=used), Console(width=200))
-    told = "warning: the cluster has 8 GPU(s), and this run computes on CPUs: set workers.use_gpu\n"
+    told = "warning: the cluster has 8 GPU(s) free, and this run computes on CPUs: set workers.use_gpu\n"
     assert capsys.readouterr().out == (told if warned else "")
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import shutil
 import threading
+from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,8 @@ from app.training.snapshots import (
 from app.training.tokenization import Group, Preference
 from ray_jobs.recorder import StepRecorder
 from ray_jobs.runs import own_snapshot
-from ray_jobs.train import _cause, _tuned_by, _warnings, look_ahead, train
+from ray_jobs.session import Session
+from ray_jobs.train import _body, _cause, _tuned_by, _warnings, train
 from tests.ray_jobs.local_ray import local_ray
 from tests.ray_jobs.telling import TellingRecorder
 from tests.ray_jobs.test_trackers import events_of
@@ -276,17 +278,27 @@ def test_a_step_without_an_update_is_told_where_it_happens_and_counted_at_the_en
         assert session.scalars(query).all() == [{"step": 2, "rows": rows}]
 
 
-def test_an_option_beyond_what_is_usual_is_told_before_anything_is_prepared_and_kept(cluster, stage):
+def test_an_option_beyond_what_is_usual_is_told_before_anything_is_prepared(cluster, stage, monkeypatch, capsys):
+    home, ledger, _, _, sft = stage
+
+    def prepared(*_, **__):
+        raise DataError("prepared")
+
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setattr("ray_jobs.train._enough_pairs", lambda *_: "pairs")
+    monkeypatch.setattr("ray_jobs.train.prepare", prepared)
+    job = Session(home, ledger, recipe_for(sft, options={"beta": 5.0}), "test", ())
+    with pytest.raises(DataError, match="prepared"):
+        _body(job, Namespace(run=None, training_snapshot=None))
+    assert capsys.readouterr().out.startswith("warning: train.options.beta = 5 is outside of what dpo is used with")
+
+
+def test_an_option_beyond_what_is_usual_is_kept_with_the_run(cluster, stage):
     home, ledger, _, snapshot_id, sft = stage
-    shown = io.StringIO()
-    recipe = recipe_for(sft, options={"beta": 5.0}, max_steps=1)
-    look_ahead(home, ledger, recipe, Console(file=shown, width=500))
-    train(home, ledger, recipe, snapshot_id, run_id="steep", console=Console(file=shown, width=500))
-    (line,) = [line for line in shown.getvalue().splitlines() if "beta" in line]
-    assert line.startswith("warning: ")
+    train(home, ledger, recipe_for(sft, options={"beta": 5.0}, max_steps=1), snapshot_id, run_id="steep")
     with ledger.read() as session:
         query = sa.select(AuditRow.detail).where(AuditRow.target == "steep", AuditRow.action == "warning")
-        assert f"warning: {session.scalars(query).one()['warning']}" == line
+        assert session.scalars(query).one()["warning"].startswith("train.options.beta = 5 is outside")
 
 
 def test_what_somebody_should_know_before_a_run_is_a_line_each(monkeypatch):
