@@ -158,6 +158,9 @@ def ray_cluster(home: Home) -> Any:
     if address is None:
         ensure_ray_token()
         arguments["runtime_env"] = {"env_vars": {**environment, **LOCAL_ENVIRONMENT}}
+        # Ray keeps an idle worker for each CPU, and each wakes a hundred times a second to look for signals: on two cores
+        # a third of what Ray costs a step (docs/training.md). None is kept; a task that finds none starts one.
+        os.environ.setdefault("RAY_num_workers_soft_limit", "0")
         # Train workers, Ray Data's readers and replicas share a laptop's cores: logical CPUs must not run out.
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **arguments)
     else:

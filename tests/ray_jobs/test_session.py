@@ -123,6 +123,32 @@ def test_the_address_of_a_dashboard_is_refused_with_a_word_on_which_one_is_meant
         pass
 
 
+def test_a_local_cluster_keeps_no_idle_workers_which_take_time_from_training(home):
+    script = """
+import time
+import psutil, ray
+from app.storage import Home
+from ray_jobs.session import ray_cluster
+
+def idle():
+    found = psutil.Process().children(recursive=True)
+    return sum("ray::IDLE" in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]) if p in found)
+
+with ray_cluster(Home.from_environment()):
+    ray.get([ray.remote(lambda: time.sleep(1)).remote() for _ in range(3)])
+    end = time.monotonic() + 30
+    while (left := idle()) and time.monotonic() < end:
+        time.sleep(0.5)
+    print(left)
+"""
+    environment = {**os.environ, HOME_VARIABLE: home.uri}
+    environment.pop("RAY_ADDRESS", None)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ended.stdout.split()[-1] == "0"
+
+
 def test_a_local_cluster_asks_no_other_one_of_this_machine(home, monkeypatch):
     asked = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
