@@ -141,6 +141,7 @@ def test_every_claim_names_a_test_that_exists():
         assert f"def {function}(" in (ROOT / file).read_text(), claim.test
 
 
+@pytest.mark.full
 def test_the_long_run_takes_what_the_short_one_leaves_and_every_test_of_a_claim(tmp_path):
     found = []
     for options in ([], ["-m", "not full"], [f"--reliability={tmp_path / 'claims.md'}"]):
