@@ -199,7 +199,7 @@ def _train(
         threads=recipe.workers.threads,
     )
     known = record_start(ledger, recipe, task, objective, reference)
-    for warning in [*_unusual(ledger, recipe, start), *warnings]:
+    for warning in [*unusual_options(section.objective, section.options, tuned_by=tuned_by), *warnings]:
         ledger.audit("train", "warning", run_id, {"warning": warning})
     # What is usual may be another rate with a newer version of this program.
     task = dataclasses.replace(task, learning_rate=known.get("learning_rate", task.learning_rate))
@@ -371,13 +371,9 @@ def look_ahead(home: Home, recipe: Recipe, console: Console) -> None:
 
 def tell_unusual_options(home: Home, ledger: Ledger, recipe: Recipe, console: Console) -> None:
     """Say which options are beyond what is usual; `train` itself only keeps that with the run."""
-    for warning in _unusual(ledger, recipe, named_model(home, ledger, recipe, recipe.model.start)):
+    tuned_by = _tuned_by(ledger, named_model(home, ledger, recipe, recipe.model.start), recipe)
+    for warning in unusual_options(recipe.train.objective, recipe.train.options, tuned_by=tuned_by):
         console.print(f"warning: {warning}", highlight=False, markup=False)
-
-
-def _unusual(ledger: Ledger, recipe: Recipe, start: ModelRow) -> list[str]:
-    section = recipe.train
-    return unusual_options(section.objective, section.options, tuned_by=_tuned_by(ledger, start, recipe))
 
 
 def _require_train_room(recipe: Recipe) -> None:

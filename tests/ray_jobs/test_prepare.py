@@ -175,7 +175,6 @@ def test_a_small_pass_of_the_reference_is_cut_for_all_actors(cluster, home, ledg
     assert sorted(rows) == [3, 3], "two actors"
 
 
-@pytest.mark.full
 def test_a_pass_of_the_reference_whose_actors_die_again_and_again_ends_with_a_remedy(
     cluster, home, ledger, tiny_model, monkeypatch
 ):
